@@ -1,0 +1,1 @@
+"""What crosses the wire: the protocol files and the stubs generated beside them (`python -m protos` regenerates)."""

@@ -1,0 +1,1 @@
+"""The decision core. Pure: no asyncio, clock, threads, random, logging, grpc, numpy or torch."""

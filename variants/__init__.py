@@ -1,0 +1,1 @@
+"""One model in, verified variants out; and how a variant runs. Never imports `server`."""
