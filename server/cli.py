@@ -1,0 +1,103 @@
+"""The command line `gearshift`: words in, one function per command, an exit code out.
+
+Rules of this file: wrong usage or configuration is one line on standard error and exit 2, never a trace; a server that
+does not answer is one line and exit 1. Commands import what they need when they run, so `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from server import settings
+from server.settings import SettingsError
+
+DEFAULT_URL = "127.0.0.1:8001"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit 2 with the line."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code, or raises SystemExit for `--help` and wrong usage."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        return int(chosen.run(chosen))
+    except SettingsError as error:
+        sys.stderr.write(f"gearshift {chosen.command}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _build(chosen: argparse.Namespace) -> int:
+    from variants.build import build
+
+    only = [name.strip() for name in chosen.variants.split(",")] if chosen.variants else None
+    return build(chosen.path, only=only, force=chosen.force, quick=chosen.quick)
+
+
+def _serve(chosen: argparse.Namespace) -> int:
+    made = settings.load(vars(chosen))
+
+    from server.app import serve
+
+    return serve(made)
+
+
+def _variants(chosen: argparse.Namespace) -> int:
+    from server.remote import show_variants
+
+    return show_variants(chosen)
+
+
+def _explain(chosen: argparse.Namespace) -> int:
+    from server.remote import show_route
+
+    return show_route(chosen)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gearshift", description="Serve a model's verified variants.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    build = commands.add_parser("build", help="build, evaluate and gate every variant", allow_abbrev=False)
+    build.add_argument("path", type=Path, metavar="PATH", help="a model's folder, or a repository of them")
+    build.add_argument("--variants", metavar="A,B", help="only these")
+    build.add_argument("--force", action="store_true", help="build again what is up to date")
+    build.add_argument("--quick", action="store_true", help="shorter training and smaller samples; for a first look")
+    build.set_defaults(run=_build)
+
+    serve = commands.add_parser("serve", help="serve every model of a repository", allow_abbrev=False)
+    settings.add_flags(serve)
+    serve.set_defaults(run=_serve)
+
+    variants = commands.add_parser("variants", help="a running server's variants", allow_abbrev=False)
+    variants.add_argument("model", nargs="?", metavar="MODEL", help="only this model")
+    _add_connection(variants)
+    variants.set_defaults(run=_variants)
+
+    explain = commands.add_parser("explain", help="which variant a request would get, and why", allow_abbrev=False)
+    explain.add_argument("model", metavar="MODEL")
+    explain.add_argument("--latency-ms", type=float, metavar="X", help="answer wanted within this time")
+    explain.add_argument("--min-accuracy", type=float, metavar="A", help="floor on the proven score, 0 to 1")
+    explain.add_argument("--max-accuracy-drop", type=float, metavar="D", help="ceiling on the proven drop, 0 to 1")
+    _add_connection(explain)
+    explain.set_defaults(run=_explain)
+    return parser
+
+
+def _add_connection(parser: argparse.ArgumentParser) -> None:
+    """The flags of commands that ask a running server."""
+    parser.add_argument("--url", default=DEFAULT_URL, metavar="HOST:PORT", help=f"its gRPC port ({DEFAULT_URL})")
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="speak TLS and trust this PEM bundle")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file that holds the token to send")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")

@@ -1,0 +1,45 @@
+"""The recorded trace: a line per request, with when it arrived and how it ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from server.events import BatchRan, Decided, RequestEnded
+from server.scheduling.slo import Outcome
+from server.trace import TraceRecorder
+
+ENDED = RequestEnded("digits", "3", "fp32", Outcome.LATE, "late", 2, False, 7_000, 1_000, 5_000, 0.98)
+
+
+def test_a_request_is_one_line_and_other_events_are_none(tmp_path: Path) -> None:
+    """The arrival is the end less the time it took, counted from the recorder's start; a restart appends."""
+    path = tmp_path / "trace.jsonl"
+    clock = iter([1_000_000, 1_050_000, 0, 9_000])
+    for _ in range(2):
+        recorder = TraceRecorder(path, lambda: next(clock))
+        recorder(BatchRan("digits", "3", "fp32", 0, 1, 2, "late", 5_000, 5_000, False))
+        recorder(Decided("digits", 10))
+        recorder(ENDED)
+        recorder.close()
+    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    assert first == {
+        "arrival_ns": 43_000, "model": "digits", "version": "3", "samples": 2, "variant": "fp32",
+        "outcome": "late", "slo_met": False, "total_ns": 7_000,
+    }  # fmt: skip
+    assert second["arrival_ns"] == 2_000
+
+
+def test_a_failing_disk_ends_the_recording_only(caplog: pytest.LogCaptureFixture) -> None:
+    """The listener never raises; the log says once what happened."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("/dev/full stands in for a full disk")
+    recorder = TraceRecorder(full, lambda: 0)
+    for _ in range(1000):
+        recorder(ENDED)
+    recorder.close()
+    recorder(ENDED)
+    assert caplog.text.count("recording the trace stopped") == 1
