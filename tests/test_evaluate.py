@@ -1,0 +1,306 @@
+"""Scores, intervals, the gate and the data they are measured on, against values computed by hand or otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score, r2_score
+
+from variants.data import Samples, match_inputs, read_arrays, refuse_overlap, spread
+from variants.evaluate import (
+    against_itself,
+    batch_invariance,
+    compare,
+    explain,
+    faultless_samples,
+    judge,
+    macro_f1,
+    overall,
+    r2,
+    run_samples,
+)
+from variants.intervals import PairedDrop, Proportion, Z, bootstrap, samples_needed
+from variants.model_config import GateConfig, RepositoryError
+from variants.variant import Gate, Interval, TensorSpec, Verdict
+
+GATE = GateConfig(max_accuracy_drop=0.01, min_agreement=0.98)
+
+
+def one_hot(classes: list[int], count: int = 3) -> np.ndarray[Any, Any]:
+    """Outputs whose largest entry is the given class."""
+    return np.eye(count, dtype=np.float32)[classes]
+
+
+def test_wilson_matches_the_published_example() -> None:
+    """81 of 263 gives [0.2553, 0.3662], as in Newcombe, Stat. Med. 17, 1998, table I."""
+    found = Proportion(81, 263).interval()
+    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
+
+
+def test_perfection_is_not_certainty() -> None:
+    """10 of 10 has the lower bound n/(n+z²), and no discordant pair still leaves a drop of z²/(n+z²) possible."""
+    assert Proportion(10, 10).interval().low == pytest.approx(10 / (10 + Z * Z))
+    drop = PairedDrop(0, 0, 100).interval()
+    assert drop.high == pytest.approx(Z * Z / (100 + Z * Z), abs=1e-12)
+    assert drop.low == pytest.approx(-drop.high, abs=1e-12)
+
+
+def test_tango_is_the_score_test_inverted() -> None:
+    """At both bounds the score statistic, with the nuisance found by brute force, is 1.96."""
+    lost, won, n = 12, 2, 50
+    interval = PairedDrop(lost, won, n).interval()
+    for bound in (interval.low, interval.high):
+        rates = np.linspace(1e-9, (1 - abs(bound)) / 2 + 0.5, 2_000_001)  # the rate of `won` under drop = bound
+        rates = rates[(rates + bound > 0) & (2 * rates + bound < 1)]
+        likelihood = (
+            lost * np.log(rates + bound) + won * np.log(rates) + (n - lost - won) * np.log1p(-2 * rates - bound)
+        )
+        rate = rates[likelihood.argmax()]
+        statistic = (lost - won - n * bound) / math.sqrt(n * (2 * rate + bound * (1 - bound)))
+        assert abs(statistic) == pytest.approx(Z, abs=1e-4)
+
+
+def test_tango_is_symmetric() -> None:
+    """Exchanging variant and reference mirrors the interval."""
+    a, b = PairedDrop(7, 1, 90).interval(), PairedDrop(1, 7, 90).interval()
+    assert [a.low, a.high] == pytest.approx([-b.high, -b.low])
+
+
+def test_the_bootstrap_is_repeatable_and_about_right() -> None:
+    """Two runs agree exactly, and the mean's interval is that of the normal approximation within a few per cent."""
+    values = np.random.default_rng(1).normal(size=400)
+    first, second = (bootstrap(lambda rows: float(values[rows].mean()), 400).interval() for _ in range(2))
+    assert first == second
+    assert first.high - first.value == pytest.approx(Z * values.std() / 20, rel=0.1)
+
+
+def test_samples_needed_is_the_least_that_passes() -> None:
+    """Without a differing answer, 1 % of drop takes 381 samples: n >= z²·99."""
+    assert samples_needed(lambda scale: PairedDrop(0, 0, 100).interval(scale).high <= 0.01, 100) == 381
+    assert math.ceil(Z * Z * 99) == 381
+    assert samples_needed(lambda _scale: False, 100) is None
+
+
+def test_macro_f1_by_hand_and_by_scikit_learn() -> None:
+    """Two classes by hand (2/3 and 4/5), many by scikit-learn."""
+    assert macro_f1(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])) == pytest.approx((2 / 3 + 4 / 5) / 2)
+    generator = np.random.default_rng(0)
+    truth, guess = generator.integers(0, 7, 200), generator.integers(0, 7, 200)
+    assert macro_f1(truth, guess) == pytest.approx(f1_score(truth, guess, average="macro"))
+
+
+def test_r2_by_scikit_learn_and_clipped() -> None:
+    """As scikit-learn weights outputs by variance; worse than the mean is 0, not negative."""
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=(50, 3))
+    guess = truth + generator.normal(size=(50, 3)) / 3
+    assert r2(truth, guess) == pytest.approx(r2_score(truth, guess, multioutput="variance_weighted"))
+    assert r2(truth, -truth) == 0.0
+
+
+def test_top1_is_paired_with_the_reference() -> None:
+    """Reference right 3 of 4, variant right 2 of 4, discordant both ways: drop 1/4 from 2 lost and 1 won."""
+    target = np.array([0, 1, 2, 0])
+    reference, answers = one_hot([0, 1, 2, 1]), one_hot([1, 0, 2, 0])
+    found = compare(answers, reference, target, "top1", "classification")
+    assert found.drop == PairedDrop(2, 1, 4)
+    assert found.score == Proportion(2, 4)
+    assert found.agreement == Proportion(1, 4)
+
+
+def test_without_a_target_the_reference_is_the_truth() -> None:
+    """Fidelity: the score is the share of answers like fp32's, and every difference is a loss."""
+    found = compare(one_hot([0, 1, 1, 1]), one_hot([0, 1, 2, 1]), None, "top1", "classification")
+    assert found.score.interval().value == 0.75
+    assert found.drop == PairedDrop(1, 0, 4)
+
+
+def test_the_reference_drops_by_nothing() -> None:
+    """fp32 against itself: drop exactly 0 and agreement exactly 1, its own score with an honest interval."""
+    own = against_itself(one_hot([0, 1, 2, 1]), np.array([0, 1, 2, 0]), "top1", "classification")
+    assert own.drop.interval() == Interval(0, 0, 0)
+    assert own.agreement.interval() == Interval(1, 1, 1)
+    assert own.score.interval() == Proportion(3, 4).interval()
+
+
+def test_macro_f1_of_equal_predictions_still_has_width() -> None:
+    """Identical predictions on 20 samples must not prove a drop of exactly zero."""
+    answers = one_hot([0, 1, 2, 1, 0] * 4)
+    drop = compare(answers, answers, np.array([0, 1, 2, 1, 0] * 4), "macro_f1", "classification").drop.interval()
+    assert drop.value == 0
+    assert drop.high == pytest.approx(Z * Z / (20 + Z * Z))
+
+
+def test_cosine_of_embeddings() -> None:
+    """Cosine 0.6 by hand; it disagrees with fp32, an equal direction of any length agrees."""
+    reference = np.array([[1.0, 0.0], [0.0, 2.0]], np.float32)
+    found = compare(np.array([[0.6, 0.8], [0.0, 5.0]], np.float32), reference, None, "cosine", "embedding")
+    assert found.score.interval().value == pytest.approx(0.8)
+    assert found.drop.interval().value == pytest.approx(0.2)
+    assert found.agreement == Proportion(1, 2)
+
+
+def test_answers_that_are_not_numbers_are_wrong() -> None:
+    """A variant that answers NaN gets no score for it."""
+    reference = np.array([[1.0, 0.0], [0.0, 2.0]], np.float32)
+    broken = compare(np.full((2, 2), np.nan, np.float32), reference, None, "cosine", "embedding")
+    assert broken.score.interval().value == 0.0
+    assert broken.agreement == Proportion(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("drop", "agreement", "samples", "verdict"),
+    [
+        ((0.0, -0.009, 0.01), (0.99, 0.98, 0.995), 400, Verdict.PASSED),
+        ((0.0, -0.009, 0.0101), (0.99, 0.98, 0.995), 400, Verdict.INCONCLUSIVE),
+        ((0.0, -0.009, 0.009), (0.99, 0.979, 0.995), 400, Verdict.INCONCLUSIVE),
+        ((0.05, 0.0101, 0.09), (0.99, 0.98, 0.995), 30, Verdict.REJECTED),
+        ((0.0, -0.009, 0.009), (0.9, 0.8, 0.979), 30, Verdict.REJECTED),
+        ((0.05, 0.0, 0.09), (0.99, 0.98, 0.995), 400, Verdict.REJECTED),
+        ((0.05, 0.0, 0.09), (0.99, 0.98, 0.995), 300, Verdict.INCONCLUSIVE),
+    ],
+)
+def test_the_gates_verdicts(
+    drop: tuple[float, float, float], agreement: tuple[float, float, float], samples: int, verdict: Verdict
+) -> None:
+    """Bounds decide; a value beyond the gate rejects only where a faultless variant could have passed (381 samples)."""
+    assert math.ceil(faultless_samples(GATE)) == 381
+    assert judge(Interval(*drop), Interval(*agreement), samples, GATE) is verdict
+
+
+def test_an_inconclusive_verdict_says_how_many_samples_would_do() -> None:
+    """The named number really passes, and one less does not."""
+    perfect = compare(one_hot([0, 1] * 50), one_hot([0, 1] * 50), np.array([0, 1] * 50), "top1", "classification")
+    gate = explain(perfect, GATE)
+    assert gate.verdict is Verdict.INCONCLUSIVE
+    assert "about 381 would suffice" in gate.reason
+    for n, passes in ((381, True), (380, False)):
+        classes = [0] * n
+        found = compare(one_hot(classes), one_hot(classes), np.zeros(n, np.int64), "top1", "classification")
+        assert (explain(found, GATE).verdict is Verdict.PASSED) is passes
+
+
+def test_a_gate_of_zero_is_said_to_be_unprovable() -> None:
+    """No sample proves a drop of exactly nothing, and the reason says so."""
+    perfect = compare(one_hot([0, 1]), one_hot([0, 1]), np.array([0, 1]), "top1", "classification")
+    assert "no number of samples can prove this gate" in explain(perfect, GateConfig(max_accuracy_drop=0)).reason
+
+
+def test_one_passing_runtime_is_enough_and_is_named() -> None:
+    """Runtimes differ; the verdict says which one passed."""
+    gates = {"a": Gate(Verdict.REJECTED, "bad"), "b": Gate(Verdict.PASSED, "good"), "c": Gate(Verdict.PASSED, "good")}
+    assert overall(gates) == Gate(Verdict.PASSED, "b and c: good")
+    assert overall({"a": gates["a"], "d": Gate(Verdict.INCONCLUSIVE, "few")}) == Gate(Verdict.INCONCLUSIVE, "d: few")
+    assert overall({}).verdict is Verdict.UNVERIFIED
+
+
+class BatchMean:
+    """A session whose answers depend on who shares the batch, as with one activation scale per tensor."""
+
+    inputs: tuple[TensorSpec, ...] = (TensorSpec("x", "FP32", (-1, 2)),)
+    outputs: tuple[TensorSpec, ...] = inputs
+    batch_axis = True
+
+    def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        return [inputs["x"] - inputs["x"].mean()]
+
+
+class Doubler:
+    """A session that treats every sample alone, with or without a batch dimension."""
+
+    inputs: tuple[TensorSpec, ...] = (TensorSpec("x", "FP32", (-1, 2)),)
+    outputs: tuple[TensorSpec, ...] = inputs
+    batch_axis = True
+
+    def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        return [inputs["x"] * 2]
+
+
+def test_batch_invariance_sees_batch_mates() -> None:
+    """A sample's answer that changes in company is measured; one that does not is exactly 0."""
+    x = {"x": np.array([[0, 0], [4, 4]], np.float32)}
+    assert batch_invariance(BatchMean(), x, 2) == 2.0
+    assert batch_invariance(Doubler(), x, 2) == 0.0
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 32])
+def test_all_samples_are_run_once_in_order(batch: int) -> None:
+    """Whatever the batch size, the last smaller batch included, and without a batch dimension."""
+    x = np.arange(14, dtype=np.float32).reshape(7, 2)
+    assert np.array_equal(run_samples(Doubler(), {"x": x}, batch)[0], x * 2)
+
+
+SPECS = (TensorSpec("x", "FP32", (2,)),)
+
+
+def matched(arrays: dict[str, np.ndarray[Any, Any]], target: str | None = "label") -> Samples:
+    """Arrays matched with a model that takes `x`, two floats."""
+    return match_inputs(Path("d.npz"), arrays, SPECS, target=target, other_targets=set())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.ones((3, 2))}, "d.npz: array 'label' is missing; it holds x"),
+        ({"y": np.ones((3, 2)), "label": np.ones(3)}, "d.npz: array 'x' is missing"),
+        ({"x": np.ones((3, 2)), "z": np.ones(3), "label": np.ones(3)}, "array 'z' is no input of the model"),
+        ({"x": np.ones((3, 4)), "label": np.ones(3)}, r"samples of shape \[4\], the model takes \[2\]"),
+        ({"x": np.ones((3, 2), np.uint8), "label": np.ones(3)}, "array 'x' is uint8, the model takes float32"),
+    ],
+)
+def test_ill_fitting_arrays_are_named(arrays: dict[str, np.ndarray[Any, Any]], message: str) -> None:
+    """Missing, unknown, ill-shaped and ill-typed arrays are one clear line each."""
+    with pytest.raises(RepositoryError, match=message):
+        matched(arrays)
+
+
+def test_float64_data_is_narrowed() -> None:
+    """Numpy's default floats fit a float32 model."""
+    assert matched({"x": np.ones((3, 2)), "label": np.ones(3)}).inputs["x"].dtype == np.float32
+
+
+def test_integers_are_narrowed_only_without_loss() -> None:
+    """int64 data fit an int32 model unless a value would change."""
+    specs = (TensorSpec("x", "INT32", ()),)
+    good = match_inputs(Path("d"), {"x": np.array([1, 2])}, specs, target=None, other_targets=set())
+    assert good.inputs["x"].dtype == np.int32
+    with pytest.raises(RepositoryError, match="is int64, the model takes int32"):
+        match_inputs(Path("d"), {"x": np.array([1, 2**40])}, specs, target=None, other_targets=set())
+
+
+def test_data_files_hold_plain_equal_length_arrays(tmp_path: Path) -> None:
+    """Pickled objects, uneven lengths, single arrays and damaged files are refused with the file's name."""
+    np.savez(tmp_path / "objects.npz", x=np.array([{}, {}], dtype=object))
+    np.savez(tmp_path / "uneven.npz", x=np.ones(3), y=np.ones(4))
+    np.save(tmp_path / "single.npy", np.ones(3))
+    (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 nothing")
+    for name, message in (
+        ("objects.npz", "not a readable .npz of plain arrays"),
+        ("uneven.npz", "differ in length: {'x': 3, 'y': 4}"),
+        ("single.npy", "must be an .npz with named arrays"),
+        ("damaged.npz", "not a readable"),
+    ):
+        with pytest.raises(RepositoryError, match=f"{name}.*{message}"):
+            read_arrays(tmp_path / name)
+
+
+def test_overlap_is_refused_with_counts() -> None:
+    """Two of four evaluation samples that are also calibration samples are counted."""
+    evaluation = matched({"x": np.array([[1, 2], [3, 4], [5, 6], [7, 8.0]]), "label": np.zeros(4)})
+    other = matched({"x": np.array([[3, 4], [7, 8], [9, 9.0]])}, target=None)
+    with pytest.raises(RepositoryError, match="2 of 4 evaluation samples are also among the 3 calibration samples"):
+        refuse_overlap(evaluation, other, "calibration")
+    refuse_overlap(evaluation, other.take(slice(2, 3)), "calibration")
+
+
+def test_spread_takes_from_the_whole_set() -> None:
+    """A limited sample reaches from the first to the last, so a file sorted by class is not cut."""
+    samples = matched({"x": np.arange(200.0).reshape(100, 2), "label": np.arange(100)})
+    some = spread(samples, 5)
+    assert some.target is not None
+    assert some.target.tolist() == [0, 24, 49, 74, 99]

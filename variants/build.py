@@ -1,0 +1,254 @@
+"""`gearshift build`: recipe -> evaluate -> gate -> card, for every variant of a model.
+
+Rules of this file: one variant's failure never stops the others; a variant appears whole or not at all; what is
+unchanged is left alone. Exit codes are the contract's: 0 built or honestly rejected, 1 a recipe crashed, 2 a bad
+repository or configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from variants.cost import cost_of
+from variants.data import DataSets, match_sets, read_files, spread, targets_of
+from variants.hardware import Hardware, detect_hardware
+from variants.model_config import RepositoryError, nearest
+from variants.plan import Planned, is_current, plan, tool_versions
+from variants.progress import Advance, Reporter
+from variants.recipes.recipe import Ingredients, Product, RecipeRejected
+from variants.repository import ManifestEntry, ModelFolder, VersionFolder, file_sha256, open_path
+from variants.runtimes import available_runtimes
+from variants.source import Source, open_source
+from variants.summary import measure_speeds, sentences, table
+from variants.variant import REFERENCE, Card, Gate, Verdict
+from variants.verify import Verifier
+
+QUICK_EVALUATION_SAMPLES = 256
+_EXAMPLES = 9
+"""How many samples are enough to trace a module and to compare its export at every checked batch size."""
+
+
+def build(
+    path: Path,
+    *,
+    only: list[str] | None = None,
+    force: bool = False,
+    quick: bool = False,
+    reporter: Reporter | None = None,
+) -> int:
+    """Build the variants of a model's newest version, or of every model of a repository; returns the exit code.
+
+    `only` limits the work to the named variants (the reference is always kept up to date), `force` builds what is
+    current too, `quick` takes fewer samples and epochs.
+    """
+    reporter = reporter or Reporter()
+    try:
+        models = open_path(path)
+    except RepositoryError as error:
+        reporter.error(str(error))
+        return 2
+    codes = []
+    try:
+        for model in models:
+            try:
+                with _alone(model):
+                    codes.append(_build_model(model, only, force=force, quick=quick, reporter=reporter))
+            except RepositoryError as error:
+                reporter.error(str(error))
+                codes.append(2)
+    except KeyboardInterrupt:
+        reporter.error("interrupted; finished variants are kept, nothing is half written")
+        return 130
+    return max(codes)
+
+
+@contextmanager
+def _alone(model: ModelFolder) -> Iterator[None]:
+    """Hold the model's folder against another build, which would overwrite the manifest. Raises RepositoryError."""
+    folder = os.open(model.path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise RepositoryError(f"{model.path}: another build is at work here") from error
+    finally:
+        os.close(folder)
+
+
+def _build_model(model: ModelFolder, only: list[str] | None, *, force: bool, quick: bool, reporter: Reporter) -> int:
+    """Build one model; returns 0, or 1 when a recipe crashed. Raises RepositoryError."""
+    label, version, hardware = model.name, model.newest(), detect_hardware()
+    version.recover()
+    planned = plan(version, hardware, quick=quick)
+    names = [variant.name for variant in planned]
+    for wanted in only or ():
+        if wanted not in names:
+            raise RepositoryError(f"{model.path}: no variant {wanted!r} is configured; {nearest(wanted, names)}")
+    for gone in sorted(set(version.manifest().variants) - set(names)):
+        version.remove_variant(gone)
+        reporter.line(f"{label} {gone}: removed, because it is no longer configured")
+    chosen = [variant for variant in planned if only is None or variant.name in (*only, REFERENCE)]
+    due = [variant for variant in chosen if force or not is_current(version, variant)]
+    if not due:
+        reporter.line(f"{label}: nothing changed, all {len(chosen)} variants are up to date")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="gearshift-build-") as folder:
+        factory = _open_factory(version, hardware, Path(folder), due, quick=quick, reporter=reporter)
+        crashed = [variant.name for variant in due if not factory.make(variant)]
+        factory.vouch_for_data()
+        factory.summarise()
+    return 1 if crashed else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Factory:
+    """What the variants of one version share while they are made."""
+
+    version: VersionFolder
+    hardware: Hardware
+    source: Source
+    data: DataSets
+    verifier: Verifier
+    work: Path
+    quick: bool
+    reporter: Reporter
+
+    def make(self, planned: Planned) -> bool:
+        """Build, evaluate, gate and write one variant; returns False when its recipe crashed."""
+        label = f"{self.version.model.name} {planned.name}"
+        with self.reporter.step(label) as advance:
+            card, files, crashed = self._attempt(planned, advance)
+            parent = file_sha256(self.source.graph if card.parent is None else self._reference_artefact())
+            entry = ManifestEntry(fingerprint="" if crashed else planned.fingerprint, parent_sha256=parent)
+            self.version.write_variant(card, files, entry)
+        self.reporter.line(f"{label}: {card.gate.verdict}: {card.gate.reason}")
+        return not crashed
+
+    def _reference_artefact(self) -> Path:
+        return self.version.artefact(REFERENCE, "model.onnx")
+
+    def _attempt(self, planned: Planned, advance: Advance) -> tuple[Card, Mapping[str, Path], bool]:
+        """The card and files of a variant, and whether its recipe crashed; the reference must not fail."""
+        try:
+            advance("making", 0.0)
+            product = planned.recipe.make(self._ingredients(planned, advance), planned.parameters)
+            advance("evaluating", 0.9)
+            return self._prove(planned, product), product.files, False
+        except RecipeRejected as error:
+            return _rejected(planned, str(error)), {}, False
+        except RepositoryError:
+            raise
+        except Exception as error:  # whatever goes wrong inside one recipe, the others still deserve their turn
+            if planned.name == REFERENCE:
+                raise
+            message = " ".join(str(error).split())[:300]
+            return _rejected(planned, f"the recipe crashed: {type(error).__name__}: {message}"), {}, True
+
+    def _ingredients(self, planned: Planned, advance: Advance) -> Ingredients:
+        work = self.work / planned.name
+        work.mkdir()
+        return Ingredients(
+            source=self.source,
+            example=self.data.any,
+            config=self.version.model.config,
+            calibration=self.data.calibration,
+            training=self.data.training,
+            hardware=self.hardware,
+            work=work,
+            quick=self.quick,
+            progress=lambda share: advance("training", 0.9 * share),
+        )
+
+    def _prove(self, planned: Planned, product: Product) -> Card:
+        """The card of something that was made."""
+        runtimes, gate = self.verifier.verify(planned.name, product.files, product.precision)
+        cost = cost_of(product.files[product.artefact])
+        artefacts = {name: file_sha256(file) for name, file in product.files.items()}
+        return Card(
+            variant=planned.name,
+            recipe=planned.recipe_name,
+            parameters=planned.parameters.model_dump() | dict(product.facts),
+            artefact=product.artefact,
+            sha256=artefacts[product.artefact],
+            parent=None if planned.name == REFERENCE else REFERENCE,
+            requirements={"precision": product.precision},
+            size_bytes=cost.size_bytes,
+            compressed_bytes=cost.compressed_bytes,
+            weights=cost.weights,
+            flops=cost.flops,
+            runtimes=runtimes,
+            gate=gate,
+            artefacts=artefacts,
+        )
+
+    def vouch_for_data(self) -> None:
+        """Put the evaluation data, which a server may load to verify again, and the tools into the manifest."""
+        manifest, config = self.version.manifest(), self.version.model.config
+        files = {file: sha for file, sha in manifest.files.items() if file.startswith("variants/")}
+        if config.evaluation is not None:
+            files[config.evaluation.data] = file_sha256(self.version.resolve(config.evaluation.data))
+        self.version.write_manifest(manifest.model_copy(update={"files": files, "tools": tool_versions()}))
+
+    def summarise(self) -> None:
+        """The table of all variants, with their speed beside fp32's, and what a person should know."""
+        cards = self.version.cards()
+        with self.reporter.step(f"{self.version.model.name} speed") as advance:
+            advance("measuring", 0.0)
+            speeds = measure_speeds(self.version, self.source, self.data.any, self.verifier)
+        self.reporter.table(table(cards, speeds, f"{self.version.model.name} version {self.version.number}"))
+        for sentence in sentences(cards, speeds):
+            self.reporter.line(sentence)
+
+
+def _open_factory(
+    version: VersionFolder, hardware: Hardware, work: Path, due: list[Planned], *, quick: bool, reporter: Reporter
+) -> _Factory:
+    """Read data and source, and check them against each other. Raises RepositoryError."""
+    with reporter.step(version.model.name) as advance:
+        advance("reading data and source", 0.0)
+        files, targets = read_files(version), targets_of(version)
+        first = next(iter(files.values()), {})
+        example = {name: array[:_EXAMPLES] for name, array in first.items() if name not in targets}
+        source = open_source(version, example or None, work)
+        data = match_sets(version, files, source.sample_specs)
+    if REFERENCE not in {variant.name for variant in due}:  # children must descend from the artefact that is served
+        source = replace(source, graph=version.artefact(REFERENCE, "model.onnx"))
+    if quick and data.evaluation is not None:
+        data = replace(data, evaluation=spread(data.evaluation, QUICK_EVALUATION_SAMPLES))
+    _use_our_cores(source, hardware)
+    config, runtimes = version.model.config, available_runtimes()
+    verifier = Verifier(config, data.evaluation, source.graph, source.max_batch, runtimes, hardware)
+    return _Factory(version, hardware, source, data, verifier, work, quick, reporter)
+
+
+def _use_our_cores(source: Source, hardware: Hardware) -> None:
+    """Torch takes a thread per core of the node, and collapses when they are more than our share."""
+    if source.module is not None:
+        import torch
+
+        torch.set_num_threads(hardware.cores)
+
+
+def _rejected(planned: Planned, reason: str) -> Card:
+    """The card of a variant that was not made."""
+    return Card(
+        variant=planned.name,
+        recipe=planned.recipe_name,
+        parameters=planned.parameters.model_dump(),
+        artefact=None,
+        sha256=None,
+        parent=REFERENCE,
+        requirements={},
+        size_bytes=0,
+        compressed_bytes=0,
+        weights=0,
+        flops=0,
+        runtimes={},
+        gate=Gate(Verdict.REJECTED, reason),
+    )

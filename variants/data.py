@@ -1,0 +1,168 @@
+"""Sample arrays for evaluation, calibration and training: read without pickle, checked against the model's inputs.
+
+A file is an `.npz` with one array per model input, named as the input, plus the target; the leading axis counts
+samples. Every mistake is a `RepositoryError` that names the file and the array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from variants.datatypes import DATATYPES
+from variants.repository import RepositoryError, VersionFolder
+from variants.variant import TensorSpec
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Some samples: inputs by name, each [samples, ...], and the target [samples, ...] where there is one."""
+
+    inputs: Mapping[str, Array]
+    target: Array | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def take(self, rows: slice | Sequence[int] | npt.NDArray[np.intp]) -> Samples:
+        """The samples at `rows`."""
+        inputs = {name: array[rows] for name, array in self.inputs.items()}
+        return Samples(inputs, None if self.target is None else self.target[rows])
+
+
+def spread(samples: Samples, most: int) -> Samples:
+    """At most `most` samples, spread evenly over the whole set, so that a sorted file is still fairly represented."""
+    if len(samples) <= most:
+        return samples
+    return samples.take(np.linspace(0, len(samples) - 1, most).astype(np.intp))
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """All arrays of an `.npz`, of equal length and without Python objects. Raises RepositoryError."""
+    try:
+        with path.open("rb") as raw:
+            file = np.load(raw, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise RepositoryError(f"{path}: must be an .npz with named arrays, not a single array")
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise RepositoryError(f"{path}: not a readable .npz of plain arrays (no pickles): {error}") from error
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if not lengths or 0 in lengths.values():
+        raise RepositoryError(f"{path}: every array needs a leading axis of at least one sample, got {lengths}")
+    if len(set(lengths.values())) > 1:
+        raise RepositoryError(f"{path}: arrays differ in length: {lengths}")
+    return arrays
+
+
+def match_inputs(
+    path: Path, arrays: Mapping[str, Array], specs: Sequence[TensorSpec], *, target: str | None, other_targets: set[str]
+) -> Samples:
+    """Arrays as samples of a model with input `specs` (without the batch dimension in `shape`).
+
+    `other_targets` are arrays that another section of the configuration uses; they are ignored. Raises
+    RepositoryError for a missing, unknown, ill-typed or ill-shaped array.
+    """
+    names = {spec.name for spec in specs}
+    missing = sorted((names | ({target} if target else set())) - set(arrays))
+    if missing:
+        raise RepositoryError(f"{path}: array {missing[0]!r} is missing; it holds {', '.join(sorted(arrays))}")
+    unknown = sorted(set(arrays) - names - other_targets - ({target} if target else set()))
+    if unknown:
+        raise RepositoryError(f"{path}: array {unknown[0]!r} is no input of the model ({', '.join(sorted(names))})")
+    inputs = {spec.name: _as_input(path, spec, arrays[spec.name]) for spec in specs}
+    return Samples(inputs, arrays[target] if target else None)
+
+
+def _as_input(path: Path, spec: TensorSpec, array: Array) -> Array:
+    """One input array in the model's type; floats are narrowed and integers too where no value changes."""
+    shape = array.shape[1:]
+    fits = len(shape) == len(spec.shape) and all(s in (-1, d) for s, d in zip(spec.shape, shape, strict=True))
+    if not fits:
+        raise RepositoryError(
+            f"{path}: array {spec.name!r} has samples of shape {list(shape)}, the model takes {list(spec.shape)}"
+        )
+    if spec.datatype == "BYTES" and array.dtype.kind in "US":
+        return array.astype(np.str_).astype(np.object_)
+    wanted = DATATYPES[spec.datatype].numpy
+    converted = array.astype(wanted) if array.dtype.kind == wanted.kind else array
+    if converted.dtype != wanted or (wanted.kind in "iu" and not np.array_equal(converted, array)):
+        raise RepositoryError(f"{path}: array {spec.name!r} is {array.dtype}, the model takes {wanted}")
+    return converted
+
+
+def refuse_overlap(evaluation: Samples, other: Samples, name: str) -> None:
+    """Raise RepositoryError when identical samples are in both sets: accuracy would be measured on known answers."""
+    held_out, seen = _digests(evaluation), set(_digests(other))
+    shared = sum(digest in seen for digest in held_out)
+    if shared:
+        raise RepositoryError(
+            f"{shared} of {len(evaluation)} evaluation samples are also among the {len(other)} {name} samples; "
+            "remove them from one of the two files"
+        )
+
+
+def _digests(samples: Samples) -> list[bytes]:
+    """One digest per sample over all its inputs."""
+    columns: Iterable[Array] = (samples.inputs[name] for name in sorted(samples.inputs))
+    rows: list[Any] = [hashlib.sha256() for _ in range(len(samples))]
+    for column in columns:
+        for row, value in zip(rows, column, strict=True):
+            row.update(repr(value.tolist()).encode() if column.dtype == object else np.ascontiguousarray(value).data)
+    return [row.digest() for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class DataSets:
+    """The three sets of a version, each None where `model.yaml` names none."""
+
+    evaluation: Samples | None = None
+    calibration: Samples | None = None
+    training: Samples | None = None
+
+    @property
+    def any(self) -> Samples | None:
+        """Whichever set there is, for tracing and timing."""
+        return next((s for s in (self.evaluation, self.calibration, self.training) if s is not None), None)
+
+
+def read_files(version: VersionFolder) -> dict[str, dict[str, Array]]:
+    """The arrays of every configured file, by section of `model.yaml`; nothing is checked against the model yet."""
+    config = version.model.config
+    sections = {"evaluation": config.evaluation, "calibration": config.calibration, "training": config.training}
+    return {name: read_arrays(version.resolve(section.data)) for name, section in sections.items() if section}
+
+
+def targets_of(version: VersionFolder) -> set[str]:
+    """The arrays that are no inputs."""
+    config = version.model.config
+    return {section.target for section in (config.evaluation, config.training) if section and section.target}
+
+
+def match_sets(
+    version: VersionFolder, files: Mapping[str, Mapping[str, Array]], specs: Sequence[TensorSpec]
+) -> DataSets:
+    """The files as samples of a model. Raises RepositoryError, also when evaluation samples are used elsewhere."""
+    config = version.model.config
+    paths = {name: version.resolve(section.data) for name in files if (section := getattr(config, name)) is not None}
+    own = {
+        "evaluation": config.evaluation.target if config.evaluation else None,
+        "training": config.training.target if config.training else None,
+    }
+    sets = {
+        name: match_inputs(paths[name], arrays, specs, target=own.get(name), other_targets=targets_of(version))
+        for name, arrays in files.items()
+    }
+    for name in ("calibration", "training"):
+        if name in sets and "evaluation" in sets:
+            refuse_overlap(sets["evaluation"], sets[name], name)
+    return DataSets(**sets)

@@ -1,0 +1,289 @@
+"""Evidence and verdicts: how good a variant is on held-out data, compared sample by sample with the reference.
+
+Rules of this file: scores lie in [0, 1], higher is better; an accuracy drop is in absolute points, reference minus
+variant on the same samples; the reference answers are fp32's on ONNX Runtime; the first output is the one judged.
+The gate believes bounds, not point values (see `judge`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from variants.data import Array
+from variants.intervals import (
+    Bootstrapped,
+    Estimate,
+    Exact,
+    PairedDrop,
+    Proportion,
+    Z,
+    bootstrap,
+    samples_needed,
+)
+from variants.model_config import GateConfig, Metric, RepositoryError, Task
+from variants.runtimes.runtime import Session
+from variants.variant import Evidence, Gate, Interval, Verdict
+
+AGREEMENT_COSINE = 0.98
+"""An embedding agrees with fp32's when their cosine is at least this."""
+
+AGREEMENT_TOLERANCE = 0.05
+"""Any other answer agrees when its distance to fp32's is at most this share of the fp32 answers' RMS."""
+
+INVARIANCE_SAMPLES = 32
+"""How many samples are run alone and together to measure batch invariance."""
+
+Indices = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A variant against the reference on the same samples, as estimates that know their intervals."""
+
+    score: Estimate
+    agreement: Estimate
+    drop: Estimate
+    samples: int
+
+
+def run_samples(session: Session, inputs: Mapping[str, Array], batch_size: int) -> list[Array]:
+    """Every output for all samples, [samples, ...]; a `batch_size` of 0 means the model has no batch dimension."""
+    count = len(next(iter(inputs.values())))
+    if batch_size == 0:
+        single = [session.run({name: array[row] for name, array in inputs.items()}) for row in range(count)]
+        return [np.stack(column) for column in zip(*single, strict=True)]
+    starts = range(0, count, batch_size)
+    parts = [session.run({name: array[at : at + batch_size] for name, array in inputs.items()}) for at in starts]
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def batch_invariance(session: Session, inputs: Mapping[str, Array], batch_size: int) -> float:
+    """The largest absolute difference between a sample's answer alone and inside a batch; 0 is bit-equal or near it."""
+    if batch_size < 2:
+        return 0.0
+    some = {name: array[:INVARIANCE_SAMPLES] for name, array in inputs.items()}
+    alone, together = run_samples(session, some, 1), run_samples(session, some, batch_size)
+    return max(_largest_difference(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def _largest_difference(a: Array, b: Array) -> float:
+    if a.dtype.kind in "OUSb":
+        return float(np.any(a != b))
+    return float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64)), initial=0.0))
+
+
+def compare(answers: Array, reference: Array, target: Array | None, metric: Metric, task: Task) -> Comparison:
+    """Score a variant's answers [samples, ...] beside the reference's; without a target the reference is the truth.
+
+    Raises RepositoryError when answers or target do not have the form that the metric needs.
+    """
+    if not np.all(np.isfinite(answers)):
+        answers = np.nan_to_num(answers.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)  # wrong, but countable
+    n = len(answers)
+    agrees = _agrees(answers, reference, task)
+    agreement = Proportion(int(agrees.sum()), n)
+    if metric == "agreement":
+        return Comparison(agreement, agreement, PairedDrop(n - int(agrees.sum()), 0, n), n)
+    score = _SCORES[metric]
+    return Comparison(*score(answers, reference, target, agreement), n)
+
+
+def against_itself(answers: Array, target: Array | None, metric: Metric, task: Task) -> Comparison:
+    """The reference's own comparison: its drop is 0 and its agreement 1 by definition."""
+    own = compare(answers, answers, target, metric, task)
+    return Comparison(own.score if target is not None else Exact(1.0), Exact(1.0), Exact(0.0), own.samples)
+
+
+def _agrees(answers: Array, reference: Array, task: Task) -> npt.NDArray[np.bool_]:
+    """Which samples get the same answer: the same class, nearly the same direction, or nearly the same values."""
+    if task == "classification":
+        return np.asarray(_classes(answers) == _classes(reference))
+    if task == "embedding":
+        return _cosines(answers, reference) >= AGREEMENT_COSINE
+    flat, flat_reference = _rows(answers), _rows(reference)
+    scale = np.sqrt(np.mean(np.sum(flat_reference**2, axis=1)))
+    return np.asarray(np.linalg.norm(flat - flat_reference, axis=1) <= AGREEMENT_TOLERANCE * scale)
+
+
+Estimates = tuple[Estimate, Estimate, Estimate]
+
+
+def _top1(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
+    truth = _labels(target, reference)
+    right, reference_right = _classes(answers) == truth, _classes(reference) == truth
+    lost, won = int(np.sum(reference_right & ~right)), int(np.sum(right & ~reference_right))
+    return Proportion(int(right.sum()), len(truth)), agreement, PairedDrop(lost, won, len(truth))
+
+
+def _macro_f1(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
+    truth, guess, reference_guess = _labels(target, reference), _classes(answers), _classes(reference)
+    # a bootstrap of identical predictions has no width, which would claim certainty from any handful of samples
+    floor = PairedDrop(0, 0, len(truth))
+    score = bootstrap(lambda rows: macro_f1(truth[rows], guess[rows]), len(truth), floor)
+
+    def drop(rows: Indices) -> float:
+        return macro_f1(truth[rows], reference_guess[rows]) - macro_f1(truth[rows], guess[rows])
+
+    return score, agreement, bootstrap(drop, len(truth), floor)
+
+
+def _cosine(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
+    truth = reference if target is None else target
+    values = np.maximum(_cosines(answers, truth), 0.0)
+    lost = np.maximum(_cosines(reference, truth), 0.0) - values
+    return _mean(values), agreement, _mean(lost)
+
+
+def _r2(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
+    truth, guess, reference_guess = _rows(reference if target is None else target), _rows(answers), _rows(reference)
+    if truth.shape != guess.shape:
+        raise RepositoryError(f"r2 needs a target of the output's shape {guess.shape}, got {truth.shape}")
+
+    def drop(rows: Indices) -> float:
+        return r2(truth[rows], reference_guess[rows]) - r2(truth[rows], guess[rows])
+
+    return bootstrap(lambda rows: r2(truth[rows], guess[rows]), len(truth)), agreement, bootstrap(drop, len(truth))
+
+
+_SCORES: dict[Metric, Callable[[Array, Array, Array | None, Estimate], Estimates]] = {
+    "top1": _top1,
+    "macro_f1": _macro_f1,
+    "cosine": _cosine,
+    "r2": _r2,
+}
+
+
+def macro_f1(truth: Array, guess: Array) -> float:
+    """The mean over classes that occur of 2·TP/(2·TP+FP+FN), in [0, 1]."""
+    classes = int(max(truth.max(), guess.max())) + 1
+    hits = np.bincount(truth[truth == guess], minlength=classes)
+    occurrences = np.bincount(truth, minlength=classes) + np.bincount(guess, minlength=classes)
+    return float(np.mean(2 * hits[occurrences > 0] / occurrences[occurrences > 0]))
+
+
+def r2(truth: Array, guess: Array) -> float:
+    """The coefficient of determination over all outputs [samples, outputs], clipped to [0, 1]; 0 without variance."""
+    spread = float(np.sum((truth - truth.mean(axis=0)) ** 2))
+    return max(0.0, 1.0 - float(np.sum((truth - guess) ** 2)) / spread) if spread else 0.0
+
+
+def _mean(values: Array) -> Bootstrapped:
+    return bootstrap(lambda rows: float(values[rows].mean()), len(values))
+
+
+def _rows(values: Array) -> npt.NDArray[np.float64]:
+    return values.reshape(len(values), -1).astype(np.float64)
+
+
+def _cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
+    left, right = _rows(a), _rows(b)
+    if left.shape != right.shape:
+        raise RepositoryError(f"cosine needs a target of the output's shape {left.shape}, got {right.shape}")
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return np.asarray(np.sum(left * right, axis=1) / np.maximum(norms, 1e-30))
+
+
+def _classes(answers: Array) -> Array:
+    if answers.ndim != 2 or answers.shape[1] < 2:
+        raise RepositoryError(
+            f"classification needs an output of [batch, classes], got {['batch', *answers.shape[1:]]}"
+        )
+    return np.asarray(answers.argmax(axis=1))
+
+
+def _labels(target: Array | None, reference: Array) -> Array:
+    """Class numbers [samples]: the target, or what the reference says where there is none."""
+    if target is None:
+        return _classes(reference)
+    labels = target.reshape(-1) if target.shape == (len(target), 1) else target
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= reference.shape[1]:
+        raise RepositoryError(f"the target must be class numbers 0..{reference.shape[1] - 1}, one per sample")
+    return labels.astype(np.int64)
+
+
+def evidence(comparison: Comparison, batch_sizes: Sequence[int], invariance: float) -> Evidence:
+    """The comparison as it stands on the card; a score's interval never leaves [0, 1]."""
+    score = comparison.score.interval()
+    return Evidence(
+        score=Interval(score.value, max(0.0, score.low), min(1.0, score.high)),
+        agreement=comparison.agreement.interval(),
+        accuracy_drop=comparison.drop.interval(),
+        samples=comparison.samples,
+        batch_sizes=tuple(batch_sizes),
+        batch_invariance=invariance,
+    )
+
+
+def judge(drop: Interval, agreement: Interval, samples: int, gate: GateConfig) -> Verdict:
+    """The gate's verdict on one runtime's evidence.
+
+    passed: the drop's upper bound keeps `max_accuracy_drop` and the agreement's lower bound keeps `min_agreement`.
+    rejected: even the favourable bound breaks the gate; or a measured value breaks it on a sample large enough for a
+    faultless variant to have passed. inconclusive: everything else, which is always a matter of too few samples.
+    """
+    if drop.high <= gate.max_accuracy_drop and agreement.low >= gate.min_agreement:
+        return Verdict.PASSED
+    if drop.low > gate.max_accuracy_drop or agreement.high < gate.min_agreement:
+        return Verdict.REJECTED
+    value_breaks = drop.value > gate.max_accuracy_drop or agreement.value < gate.min_agreement
+    if value_breaks and samples >= faultless_samples(gate):
+        return Verdict.REJECTED
+    return Verdict.INCONCLUSIVE
+
+
+def faultless_samples(gate: GateConfig) -> float:
+    """How many samples a variant without a single differing answer needs to pass; infinite for an impossible gate.
+
+    Both bounds have closed forms there: z²/(n+z²) for Tango's drop, n/(n+z²) for Wilson's agreement.
+    """
+    tolerance = min(gate.max_accuracy_drop, 1 - gate.min_agreement)
+    return Z * Z * (1 - tolerance) / tolerance if tolerance > 0 else float("inf")
+
+
+def explain(comparison: Comparison, gate: GateConfig) -> Gate:
+    """Verdict and reason for one runtime's comparison, with the number of samples that would settle it."""
+    drop, agreement = comparison.drop.interval(), comparison.agreement.interval()
+    verdict = judge(drop, agreement, comparison.samples, gate)
+    measured = (
+        f"drop {_percent(drop)} (at most {gate.max_accuracy_drop:.2%}), "
+        f"agreement {_percent(agreement)} (at least {gate.min_agreement:.2%}), {comparison.samples} samples"
+    )
+    if verdict is not Verdict.INCONCLUSIVE:
+        return Gate(verdict, measured)
+
+    def passes(scale: float) -> bool:
+        d, a = comparison.drop.interval(scale), comparison.agreement.interval(scale)
+        return d.high <= gate.max_accuracy_drop and a.low >= gate.min_agreement
+
+    value_breaks = drop.value > gate.max_accuracy_drop or agreement.value < gate.min_agreement
+    if value_breaks and np.isfinite(faultless_samples(gate)):
+        return Gate(verdict, f"{measured}; at least {int(np.ceil(faultless_samples(gate)))} are needed to judge")
+    needed = None if value_breaks else samples_needed(passes, comparison.samples)
+    enough = f"about {needed} would suffice at these rates" if needed else "no number of samples can prove this gate"
+    return Gate(verdict, f"{measured}; {enough}")
+
+
+def _percent(interval: Interval) -> str:
+    return f"{interval.value:.2%} [{interval.low:.2%}, {interval.high:.2%}]"
+
+
+def overall(verdicts: Mapping[str, Gate]) -> Gate:
+    """One verdict for a variant from its runtimes': passed if any passes, and the reason says which."""
+    for verdict in (Verdict.PASSED, Verdict.INCONCLUSIVE, Verdict.REJECTED):
+        runtimes: dict[str, list[str]] = {}
+        for runtime, gate in verdicts.items():
+            if gate.verdict is verdict:
+                runtimes.setdefault(gate.reason, []).append(runtime)
+        if runtimes:
+            return Gate(verdict, "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in runtimes.items()))
+    return Gate(Verdict.UNVERIFIED, "no runtime here could run it")
+
+
+def primary(outputs: Sequence[Any]) -> Array:
+    """The output that is judged: the first."""
+    return np.asarray(outputs[0])

@@ -1,0 +1,157 @@
+"""Which variants a build makes, from which recipes, and which of them are there already.
+
+Rules of this file: nothing is imported that takes seconds, so that a build with nothing to do says so at once. A
+variant is current when its fingerprint is unchanged and its files still are what the manifest says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from variants.hardware import Hardware, possible_precision
+from variants.model_config import (
+    RECIPE_OF_VARIANT,
+    RepositoryError,
+    Section,
+    VariantConfig,
+    nearest,
+    one_line,
+)
+from variants.recipes import RECIPES
+from variants.recipes.quantize import needs_reduced_range
+from variants.recipes.recipe import Recipe
+from variants.repository import VersionFolder, file_sha256
+from variants.variant import REFERENCE
+
+DEFAULT_VARIANTS = (REFERENCE, "amp", "int8-dynamic", "int8-static", "pruned")
+DEFAULT_ONNX_VARIANTS = (*DEFAULT_VARIANTS, "pruned-unstructured")
+
+_TOOLS = (
+    "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino",
+    "safetensors", "torch", "torch-pruning",
+)  # fmt: skip
+_FACTORY = ("build.py", "cost.py", "data.py", "evaluate.py", "intervals.py", "source.py", "verify.py", "recipes")
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A variant to build; `fingerprint` covers everything that decides what comes out."""
+
+    name: str
+    recipe_name: str
+    recipe: Recipe
+    parameters: Section
+    fingerprint: str
+
+
+def plan(version: VersionFolder, hardware: Hardware, *, quick: bool) -> list[Planned]:
+    """The variants of a version, the reference first. Raises RepositoryError for an unknown recipe or parameter."""
+    common = {"inputs": _inputs(version), "tools": tool_versions(), "factory": _factory_sha256(), "quick": quick}
+    planned = []
+    for entry in _entries(version):
+        recipe, parameters = _checked(version, entry)
+        facts = common | {"recipe": entry.recipe, "parameters": parameters.model_dump()}
+        if entry.recipe == "amp":
+            facts["amp"] = [possible_precision(hardware, device).precision for device in ("cpu", "cuda")]
+        if entry.recipe.startswith("int8"):
+            facts["reduced_range"] = needs_reduced_range(hardware)
+        fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        planned.append(Planned(entry.name, entry.recipe, recipe, parameters, fingerprint))
+    return planned
+
+
+def is_current(version: VersionFolder, planned: Planned) -> bool:
+    """Whether the variant was built from the same things and nothing was changed or lost since."""
+    try:
+        entry = version.manifest().variants.get(planned.name)
+        if entry is None or entry.fingerprint != planned.fingerprint:
+            return False
+        card = version.cards().get(planned.name)
+        if card is None:
+            return False
+        for file in card.artefacts:
+            version.artefact(planned.name, file)
+    except RepositoryError:  # damaged: build it again
+        return False
+    return True
+
+
+def tool_versions() -> dict[str, str]:
+    """The installed versions of everything that takes part in making or judging a variant."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for tool in _TOOLS:
+        try:
+            versions[tool] = package_version(tool)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _entries(version: VersionFolder) -> list[VariantConfig]:
+    """The configured variants or the defaults, with the reference first."""
+    entries = version.model.config.variants
+    if entries is None:
+        defaults = DEFAULT_ONNX_VARIANTS if version.source.onnx else DEFAULT_VARIANTS
+        entries = tuple(VariantConfig(name=name, recipe=RECIPE_OF_VARIANT.get(name, name)) for name in defaults)
+    reference = VariantConfig(name=REFERENCE, recipe=REFERENCE)
+    own = [entry for entry in entries if entry.name == REFERENCE]
+    return [*(own or [reference]), *(entry for entry in entries if entry.name != REFERENCE)]
+
+
+def _checked(version: VersionFolder, entry: VariantConfig) -> tuple[Recipe, Section]:
+    """The recipe of an entry and its parameters. Raises RepositoryError that names the nearest valid one."""
+    where = f"{version.model.path / 'model.yaml'}: variants: {entry.name}"
+    recipe = RECIPES.get(entry.recipe)
+    if recipe is None:
+        raise RepositoryError(f"{where}: unknown recipe {entry.recipe!r}; {nearest(entry.recipe, RECIPES)}")
+    try:
+        return recipe, recipe.parameters.model_validate(entry.parameters)
+    except ValidationError as error:
+        raise RepositoryError(one_line(error, where)) from error
+
+
+def _inputs(version: VersionFolder) -> dict[str, object]:
+    """Everything a person gave: configuration and the content of every file it names."""
+    config = version.model.config
+    sections = (config.evaluation, config.calibration, config.training)
+    files = [section.data for section in sections if section is not None]
+    files += [file for file in (version.source.onnx, version.source.weights) if file is not None]
+    said = config.model_dump(mode="json", exclude={"variants", "slo"}) | {"source": version.source.model_dump()}
+    return {"said": said, "files": {file: file_sha256(version.resolve(file)) for file in files}, "code": _code(version)}
+
+
+def _code(version: VersionFolder) -> dict[str, str]:
+    """The content of the module that makes a torch source, and of the other Python files beside it."""
+    module = version.source.module
+    if module is None:
+        return {}
+    files = {path for path in version.model.path.rglob("*.py") if path.is_file()}
+    top = module.partition(":")[0].partition(".")[0]
+    for folder in (version.model.path, Path.cwd()):
+        files.update(folder.glob(f"{top}.py"))
+        files.update((folder / top).rglob("*.py"))
+    installed = None if files else importlib.util.find_spec(top)
+    if installed is not None and installed.origin is not None:
+        files.add(Path(installed.origin))
+    return _hashes(files)
+
+
+def _factory_sha256() -> dict[str, str]:
+    """The content of the code that makes and judges variants: a changed recipe makes changed variants."""
+    here = Path(__file__).parent
+    paths = [here / name for name in _FACTORY]
+    return _hashes(file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path]))
+
+
+def _hashes(files: Iterable[Path]) -> dict[str, str]:
+    return {file.name: file_sha256(file) for file in sorted(files)}

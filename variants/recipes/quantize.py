@@ -1,0 +1,267 @@
+"""int8: weights as signed bytes per output column, activations as unsigned bytes (U8S8).
+
+Rules of this file: signed activations are never used (on x86 their kernels are up to five times slower); weights
+are scaled per column or channel, because one scale per tensor destroys real models; convolutions are never quantised
+dynamically (their integer kernels are slower than fp32). Intermediate files stay in the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from pydantic import Field
+
+from variants.data import Samples, spread
+from variants.hardware import Hardware
+from variants.model_config import Section
+from variants.recipes.recipe import Ingredients, Product, RecipeRejected
+from variants.source import without_library_noise
+
+_RECURRENT = ("LSTM",)
+_MATRIX_OPERATORS = ("MatMul", "Gemm")
+_IMAGE_OPERATORS = (
+    "Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Relu", "Clip",
+)  # fmt: skip
+_TRANSFORMER_SIGNS = {
+    "Softmax",
+    "LayerNormalization",
+    "SimplifiedLayerNormalization",
+    "Attention",
+    "MultiHeadAttention",
+}
+_LEAST_OPSET = 18  # ReduceMax takes its axes as an input from here on
+
+
+class QuantizeDynamic(Section):
+    """`reduce_range` keeps weights to 7 bits; unsaid, it follows `needs_reduced_range`."""
+
+    reduce_range: bool | None = None
+
+
+class QuantizeStatic(Section):
+    """`reduce_range` as for the dynamic recipe; `exclude` names nodes that stay in floating point."""
+
+    reduce_range: bool | None = None
+    exclude: list[str] = Field(default_factory=list)
+
+
+def needs_reduced_range(hardware: Hardware) -> bool:
+    """Whether this x86 CPU adds pairs of U8S8 products in 16 bits, where 8-bit weights would saturate: no VNNI."""
+    return "AVX2" in hardware.isa and not hardware.isa & {"AVX512_VNNI", "AVX_VNNI", "AMX_INT8"}
+
+
+def _reduces_range(ingredients: Ingredients, asked: bool | None) -> bool:
+    return needs_reduced_range(ingredients.hardware) if asked is None else asked
+
+
+def quantize_dynamic(ingredients: Ingredients, parameters: QuantizeDynamic) -> Product:
+    """Quantise products with constant weights; every row of activations gets its own scale, at run time.
+
+    A scale per row, unlike ONNX Runtime's one per tensor, keeps a sample's answer the same to the bit whoever shares
+    its batch. LSTM layers use ONNX Runtime's operator, which has one scale per tensor: the card says so.
+    """
+    reduce_range = _reduces_range(ingredients, parameters.reduce_range)
+    graph, recurrent = _quantise_recurrent(ingredients, reduce_range=reduce_range)
+    model = _at_least_opset(onnx.load(graph))
+    products = _rewrite_products(model.graph, 63 if reduce_range else 127)
+    if products + recurrent == 0:
+        raise RecipeRejected("nothing to quantise: no MatMul, Gemm or LSTM with constant weights")
+    target = ingredients.work / "int8-dynamic.onnx"
+    onnx.save(model, target)
+    facts = {
+        "quantised_layers": products + recurrent,
+        "batch_invariant": recurrent == 0,
+        "reduce_range": reduce_range,
+    }
+    return Product({"model.onnx": target}, precision="int8", facts=facts)
+
+
+def _at_least_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in an opset that has the operators we write. Raises RecipeRejected."""
+    version = max((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), default=0)
+    if version >= _LEAST_OPSET:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, _LEAST_OPSET)
+    except Exception as error:
+        raise RecipeRejected(f"opset {version} cannot be raised to {_LEAST_OPSET}: {error}") from error
+
+
+def _rewrite_products(graph: onnx.GraphProto, limit: int) -> int:
+    """Replace every MatMul and Gemm that has a constant matrix; returns how many."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    count = 0
+    for node in graph.node:
+        replacement = list(_integer_product(graph, node, constants, limit, count)) if _fits(node, constants) else [node]
+        count += replacement[0] is not node
+        nodes.extend(replacement)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    return count
+
+
+def _fits(node: onnx.NodeProto, constants: dict[str, Any]) -> bool:
+    """Whether the node is a plain product of activations [..., k] with a constant float matrix."""
+    if node.op_type not in _MATRIX_OPERATORS or node.input[1] not in constants or node.input[0] in constants:
+        return False
+    weight = constants[node.input[1]]
+    is_float_matrix = len(weight.dims) == 2 and weight.data_type == onnx.TensorProto.FLOAT
+    return is_float_matrix and not _attribute(node, "transA", 0)
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: float) -> Any:
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def _integer_product(
+    graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[str, Any], limit: int, index: int
+) -> Iterator[onnx.NodeProto]:
+    """The nodes of one product: row scales, U8 activations, MatMulInteger, both scales back, bias."""
+    weight = numpy_helper.to_array(constants[node.input[1]]).astype(np.float64) * _attribute(node, "alpha", 1.0)
+    weight = weight.T if _attribute(node, "transB", 0) else weight
+    column_scale = np.maximum(np.abs(weight).max(axis=0), 1e-12) / limit
+    stem = f"int8_{index}"
+
+    def constant(name: str, value: Any, dtype: type) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype), f"{stem}_{name}"))
+        return f"{stem}_{name}"
+
+    def step(operator: str, inputs: list[str], name: str, **attributes: int) -> onnx.NodeProto:
+        return helper.make_node(operator, inputs, [f"{stem}_{name}"], f"{stem}_{name}", **attributes)
+
+    x, zero_point = node.input[0], constant("zero_point", 128, np.uint8)
+    yield step("Abs", [x], "magnitude")
+    yield step("ReduceMax", [f"{stem}_magnitude", constant("last_axis", [-1], np.int64)], "largest", keepdims=1)
+    yield step("Div", [f"{stem}_largest", constant("levels", 127, np.float32)], "rough_scale")
+    yield step("Max", [f"{stem}_rough_scale", constant("tiny", 1e-12, np.float32)], "row_scale")  # a row of zeros
+    yield step("Div", [x, f"{stem}_row_scale"], "unit")
+    yield step("QuantizeLinear", [f"{stem}_unit", constant("one", 1.0, np.float32), zero_point], "bytes")
+    integers = constant("weight", np.clip(np.rint(weight / column_scale), -limit, limit), np.int8)
+    yield step("MatMulInteger", [f"{stem}_bytes", integers, zero_point], "sums")
+    yield step("Cast", [f"{stem}_sums"], "product", to=onnx.TensorProto.FLOAT)
+    yield step("Mul", [f"{stem}_product", f"{stem}_row_scale"], "by_row")
+    scales = constant("column_scale", column_scale, np.float32)
+    bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+    if bias is None:
+        yield helper.make_node("Mul", [f"{stem}_by_row", scales], [node.output[0]], stem)
+        return
+    yield step("Mul", [f"{stem}_by_row", scales], "by_column")
+    if (beta := _attribute(node, "beta", 1.0)) != 1.0:
+        yield step("Mul", [bias, constant("beta", beta, np.float32)], "bias")
+        bias = f"{stem}_bias"
+    yield helper.make_node("Add", [f"{stem}_by_column", bias], [node.output[0]], stem)
+
+
+def _quantise_recurrent(ingredients: Ingredients, *, reduce_range: bool) -> tuple[Path, int]:
+    """The graph with its LSTM layers in ONNX Runtime's own dynamic quantisation, and how many there are."""
+    graph = ingredients.source.graph
+    if not any(node.op_type in _RECURRENT for node in onnx.load(graph).graph.node):
+        return graph, 0
+    prepared = _preprocess(graph, ingredients.work)  # an exporter computes the weights in the graph: fold them
+    target = ingredients.work / "recurrent.onnx"
+    with without_library_noise():
+        from onnxruntime.quantization import QuantType
+        from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
+
+        ort_quantize_dynamic(
+            prepared,
+            target,
+            op_types_to_quantize=list(_RECURRENT),
+            per_channel=True,
+            reduce_range=reduce_range,
+            weight_type=QuantType.QInt8,
+        )
+    layers = sum(node.op_type == "DynamicQuantizeLSTM" for node in onnx.load(target).graph.node)
+    return (target, layers) if layers else (graph, 0)
+
+
+def quantize_static(ingredients: Ingredients, parameters: QuantizeStatic) -> Product:
+    """Quantise weights and activations with ranges observed on calibration data (min and max), as QDQ.
+
+    Activation scales are constants, so a batch changes no answer. A transformer's sums, norms and softmax stay in
+    floating point: quantising them collapses real models.
+    """
+    calibration = ingredients.calibration
+    if calibration is None:
+        raise RecipeRejected("static quantisation needs calibration data; add `calibration:` to model.yaml")
+    reduce_range = _reduces_range(ingredients, parameters.reduce_range)
+    prepared = _preprocess(ingredients.source.graph, ingredients.work)
+    operators = {node.op_type for node in onnx.load(prepared).graph.node}
+    is_transformer = bool(operators & _TRANSFORMER_SIGNS)
+    target = ingredients.work / "int8-static.onnx"
+    most = min(ingredients.config.calibration.samples if ingredients.config.calibration else 256, len(calibration))
+    batches = _CalibrationBatches(spread(calibration, min(most, 64) if ingredients.quick else most), ingredients)
+    with without_library_noise():
+        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
+        from onnxruntime.quantization import quantize_static as ort_quantize_static
+
+        ort_quantize_static(
+            prepared,
+            target,
+            batches,
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(_MATRIX_OPERATORS if is_transformer else _IMAGE_OPERATORS),
+            per_channel=True,
+            reduce_range=reduce_range,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=parameters.exclude,
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={"MatMulConstBOnly": is_transformer},
+        )
+    layers = _quantised_layers(onnx.load(target).graph)
+    if layers == 0:
+        raise RecipeRejected(f"nothing to quantise statically among {', '.join(sorted(operators))}")
+    facts = {"quantised_layers": layers, "calibration_samples": batches.samples, "reduce_range": reduce_range}
+    return Product({"model.onnx": target}, precision="int8", facts=facts)
+
+
+def _quantised_layers(graph: onnx.GraphProto) -> int:
+    """How many weight-carrying operators read a dequantised weight."""
+    dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    carriers = ("Conv", *_MATRIX_OPERATORS)
+    return sum(node.op_type in carriers and node.input[1] in dequantised for node in graph.node)
+
+
+def _preprocess(graph: Path, work: Path) -> Path:
+    """Fold and annotate the graph as the quantiser likes it; its symbolic shape inference fails on some real models."""
+    with without_library_noise():
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        for skip_symbolic_shape in (False, True):
+            target = work / f"prepared-{skip_symbolic_shape}.onnx"
+            try:
+                quant_pre_process(graph, target, skip_symbolic_shape=skip_symbolic_shape)
+            except Exception:  # noqa: S112 - any failure means: try with less, at last with the graph as it is
+                continue
+            return target
+    return graph
+
+
+class _CalibrationBatches:
+    """The calibration samples as the quantiser reads them: batch by batch, as the model takes them."""
+
+    def __init__(self, samples: Samples, ingredients: Ingredients) -> None:
+        self.samples = len(samples)
+        self._iterator = self._batches(samples, min(ingredients.source.max_batch, 32))
+
+    @staticmethod
+    def _batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Any]]:
+        step = max(1, batch_size)
+        for at in range(0, len(samples), step):
+            rows = samples.inputs.items()
+            yield {name: array[at : at + step] if batch_size else array[at] for name, array in rows}
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next batch, None after the last."""
+        return next(self._iterator, None)

@@ -1,0 +1,64 @@
+"""What a recipe is: a function from ingredients and checked parameters to artefact files, or a reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from variants.data import Samples
+from variants.hardware import Hardware
+from variants.model_config import ModelConfig, Section
+from variants.source import Source
+
+
+class RecipeRejected(Exception):
+    """This recipe makes no sense for this model or this data; the message says why, for a person."""
+
+
+class NoParameters(Section):
+    """A recipe with nothing to choose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ingredients:
+    """All that a recipe may use. It writes into `work` only and reports its progress as a share in [0, 1].
+
+    `example` holds some samples for tracing. `quick` asks for less effort: fewer samples and epochs, the same in kind.
+    """
+
+    source: Source
+    example: Samples | None
+    config: ModelConfig
+    calibration: Samples | None
+    training: Samples | None
+    hardware: Hardware
+    work: Path
+    quick: bool = False
+    progress: Callable[[float], None] = field(default=lambda _share: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What a recipe made: files by the name they get, the first of which is the variant's artefact.
+
+    `precision` is what a runtime is asked for; `facts` are findings for the card, beside the parameters.
+    """
+
+    files: Mapping[str, Path]
+    precision: str = "fp32"
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def artefact(self) -> str:
+        """The name of the main file."""
+        return next(iter(self.files))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe by its name: how it is made, and which parameters it takes."""
+
+    make: Callable[[Ingredients, Any], Product]
+    parameters: type[Section] = NoParameters
