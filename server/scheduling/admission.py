@@ -1,0 +1,202 @@
+"""May a request wait, and on which variants? Never? Not now? Then what did it ask for instead?
+
+Three cases are kept apart because a client acts on them differently: no variant could *ever* meet the SLO here
+(`Infeasible`); one could on an idle server but not behind this queue (`Overloaded`, with when to try again); or it was
+admitted and became hopeless (`DeadlineMissed`, in the scheduler). What a request asked for in `on_infeasible` is tried
+in its order before it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from server.errors import Infeasible, NotFound, Overloaded, ServingError
+from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue, bits
+from server.scheduling.slo import OnInfeasible, Request, Slo
+from variants.variant import State, Variant
+
+_DEFAULT_PRIORITY = 2
+_MOST_PRIORITY = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a request gets that names nothing: the model's own SLO, and the server's latency."""
+
+    latency_ns: int
+    min_accuracy: float | None = None
+    max_accuracy_drop: float | None = None
+    on_infeasible: tuple[OnInfeasible, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The executors at one instant: when each is expected to be free, and the work that waits for other models."""
+
+    now_ns: int
+    free_ns: Sequence[int]
+    others_backlog_ns: int
+
+
+def meets_floor(variant: Variant, slo: Slo) -> bool:
+    """Whether what is proven about a variant satisfies the request's accuracy floor."""
+    if slo.min_accuracy is not None and variant.proven_accuracy < slo.min_accuracy:
+        return False
+    return slo.max_accuracy_drop is None or variant.proven_drop <= slo.max_accuracy_drop
+
+
+def make_request(  # noqa: PLR0913 - these are the facts of a request, named at the one call
+    model: ModelQueue,
+    slo: Slo,
+    defaults: Defaults,
+    *,
+    number: int,
+    samples: int,
+    size_bytes: int,
+    shape: Hashable,
+    arrival_ns: int,
+    rpc_deadline_ns: int | None = None,
+    payload: object = None,
+) -> Request:
+    """A request with its floor class, deadline and place in the queue settled.
+
+    Raises NotFound for a pinned variant that does not exist, Infeasible when no variant satisfies the floor.
+    """
+    named_latency = slo.latency_ns is not None or rpc_deadline_ns is not None
+    slo = with_floor(slo, defaults)
+    deadlines = [arrival_ns + slo.latency_ns] if slo.latency_ns is not None else []
+    if rpc_deadline_ns is not None:
+        deadlines.append(rpc_deadline_ns)
+    deadline_ns = min(deadlines) if deadlines else arrival_ns + defaults.latency_ns
+    asked = _floor_class(model, slo)
+    level = min(slo.priority or _DEFAULT_PRIORITY, _MOST_PRIORITY)
+    budget_ns = max(deadline_ns - arrival_ns, 0)
+    request = Request(
+        number=number,
+        model=model.key,
+        allowed=asked,
+        asked=asked,
+        fallback=0 if slo.hard or slo.variant else model.eligible,
+        samples=samples,
+        size_bytes=size_bytes,
+        arrival_ns=arrival_ns,
+        deadline_ns=deadline_ns,
+        order_ns=arrival_ns + budget_ns * level // _DEFAULT_PRIORITY,  # a fixed place: what waits longer ages by itself
+        weight=_DEFAULT_PRIORITY / level,
+        shape=shape,
+        on_infeasible=_on_infeasible(slo, defaults, named_latency=named_latency),
+        pinned=slo.variant is not None,
+        payload=payload,
+    )
+    if not asked and not (request.fallback and OnInfeasible.DEGRADE in request.on_infeasible):
+        raise Infeasible(
+            f"no variant of {model.key[0]} is proven to meet this accuracy floor; {offers(model, samples)}"
+        )
+    return request
+
+
+def with_floor(slo: Slo, defaults: Defaults) -> Slo:
+    """The SLO with the model's own floor where it names none; that one is soft, since nobody asked for it."""
+    if slo.min_accuracy is not None or slo.max_accuracy_drop is not None:
+        return slo
+    return Slo(
+        slo.latency_ns,
+        defaults.min_accuracy,
+        defaults.max_accuracy_drop,
+        hard=False,
+        on_infeasible=slo.on_infeasible,
+        variant=slo.variant,
+        priority=slo.priority,
+    )
+
+
+def _floor_class(model: ModelQueue, slo: Slo) -> int:
+    if slo.variant is None:
+        return sum(1 << i for i in bits(model.eligible) if meets_floor(model.variants[i], slo))
+    for place, variant in enumerate(model.variants):
+        if variant.name == slo.variant:
+            if model.states[variant.name] is State.DISABLED:
+                raise Infeasible(f"variant {variant.name} of {model.key[0]} is disabled")
+            return 1 << place
+    raise NotFound(f"model {model.key[0]} has no variant {slo.variant}")
+
+
+def _on_infeasible(slo: Slo, defaults: Defaults, *, named_latency: bool) -> tuple[OnInfeasible, ...]:
+    if slo.on_infeasible is not None:
+        return slo.on_infeasible
+    if not named_latency:
+        return OnInfeasible.DEGRADE, OnInfeasible.LATE
+    return defaults.on_infeasible or (OnInfeasible.REJECT,)
+
+
+def offers(model: ModelQueue, samples: int) -> str:
+    """What could be had on an idle server, for a client that asked for too much."""
+    pairs = [
+        f"{model.variants[v].name} (accuracy {model.variants[v].proven_accuracy:.4f}, "
+        f"{_achievable_ms(model, v, samples):.2f} ms)"
+        for v in model.fitting(model.eligible, samples)
+    ]
+    return f"achievable here: {', '.join(pairs) or 'nothing'}"
+
+
+def _achievable_ms(model: ModelQueue, variant: int, samples: int) -> float:
+    """The least latency that this variant can promise on an idle server, rounded up to what is printed of it."""
+    return -(-(model.latency.idle_ns(variant, samples) + REPLY_RESERVE_NS) // 10_000) / 100
+
+
+def predicted_finish_ns(model: ModelQueue, request: Request, allowed: int, load: Load) -> int | None:
+    """When the request would be answered if it queued now on these variants; None when none can run it.
+
+    Work ahead in the order is spread over the executors as a fluid. Other models share the executors fairly, so they
+    hold this one up by at most as much work as it has itself.
+    """
+    quickest_ns = model.quickest_ns(allowed, request.samples)
+    if quickest_ns is None:
+        return None
+    ahead_ns = model.backlog_ns(request.order_ns)
+    ahead_ns += min(load.others_backlog_ns, ahead_ns)
+    start_ns = max(load.now_ns, min(load.free_ns)) + ahead_ns // len(load.free_ns)
+    return start_ns + quickest_ns + REPLY_RESERVE_NS
+
+
+def refusal(model: ModelQueue, request: Request, load: Load) -> ServingError | None:
+    """Why the request is refused; None when it may wait, perhaps degraded or made late as it asked."""
+    error = why_not(model, request, request.allowed, load)
+    if error is None:
+        return None
+    wider = request.allowed
+    for action in request.on_infeasible:
+        if action is OnInfeasible.REJECT:
+            return error
+        if action is OnInfeasible.DEGRADE and request.fallback:
+            wider |= request.fallback
+            if why_not(model, request, wider, load) is None:
+                request.allowed = wider
+                return None
+        if action is OnInfeasible.LATE:  # late at the floor it asked for, if any variant reaches it at all
+            allowed = request.allowed if model.fitting(request.allowed, request.samples) else wider
+            if model.fitting(allowed, request.samples):
+                request.allowed, request.late = allowed, True
+                return None
+    return error
+
+
+def why_not(model: ModelQueue, request: Request, allowed: int, load: Load) -> ServingError | None:
+    """Why a request cannot be answered in time on these variants; None when it can."""
+    name, samples = model.key[0], request.samples
+    fitting = model.fitting(allowed, samples)
+    if not fitting:
+        return Infeasible(f"no variant of {name} that this request allows can run here; {offers(model, samples)}")
+    finish_ns = predicted_finish_ns(model, request, allowed, load)
+    if finish_ns is None or finish_ns <= request.deadline_ns:
+        return None
+    budget_ns = request.deadline_ns - request.arrival_ns
+    if min(model.latency.idle_ns(v, samples) for v in fitting) + REPLY_RESERVE_NS > budget_ns:
+        idle_ms = min(_achievable_ms(model, v, samples) for v in fitting)
+        return Infeasible(
+            f"{name} cannot meet {budget_ns / 1e6:.2f} ms at this accuracy floor even when idle: "
+            f"it takes {idle_ms:.2f} ms; {offers(model, samples)}"
+        )
+    late_ns = finish_ns - request.deadline_ns
+    return Overloaded(f"{name} is too busy: this request would be {late_ns / 1e6:.2f} ms late", late_ns)

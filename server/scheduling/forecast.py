@@ -1,0 +1,58 @@
+"""How many samples will arrive soon: a rate that follows bursts, widened by how bursty the arrivals are.
+
+Counts are kept in buckets of 20 ms; their mean and variance are exponential averages over about 200 ms. The index of
+dispersion (variance over mean) is 1 for Poisson arrivals and larger for bursts.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+_BUCKET_NS = 20_000_000
+_GAIN = 0.095  # 1 - exp(-20 ms / 200 ms)
+_FORGET_AFTER = 100  # empty buckets after which nothing is left of a rate
+_MOST_DISPERSION = 16.0
+_SPREAD = 1.0  # standard deviations added to the mean
+
+
+class ArrivalForecast:
+    """The arrivals of one model, in samples."""
+
+    def __init__(self) -> None:
+        self._bucket = 0
+        self._count = 0
+        self._earlier = 0
+        self._mean = 0.0
+        self._variance = 0.0
+
+    def arrived(self, samples: int, now_ns: int) -> None:
+        """Count an arrival."""
+        self._roll(now_ns)
+        self._earlier = self._count  # the newest arrival is the one being decided on: alone it is no sign of more
+        self._count += samples
+
+    def expected(self, duration_ns: int, now_ns: int) -> float:
+        """Samples to reckon with in the next `duration_ns`: the mean and a margin for burstiness."""
+        self._roll(now_ns)
+        mean = max(self._mean, self._earlier * _GAIN)
+        if mean <= 0.0:
+            return 0.0
+        arrivals = mean * duration_ns / _BUCKET_NS
+        dispersion = min(max(self._variance / mean, 1.0), _MOST_DISPERSION)
+        return arrivals + _SPREAD * sqrt(dispersion * arrivals)
+
+    def _roll(self, now_ns: int) -> None:
+        bucket = now_ns // _BUCKET_NS
+        elapsed = bucket - self._bucket
+        if elapsed <= 0:
+            return
+        self._bucket = bucket
+        if elapsed > _FORGET_AFTER:
+            self._mean = self._variance = 0.0
+            self._count = self._earlier = 0
+            return
+        for _ in range(elapsed):
+            deviation = self._count - self._mean
+            self._mean += _GAIN * deviation
+            self._variance += _GAIN * (deviation * deviation - self._variance)
+            self._count = self._earlier = 0

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import pytest
+from scheduling_models import MS, SIZES, Arrival, model_of, queue_up, variant
+
+from server.scheduling.fitdrain import Choice, choose
+from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
+from server.scheduling.slo import Slo
+
+
+def within(latency_ms: float, floor: float | None = None, **facts: object) -> Arrival:
+    """A request at instant 0 that must be answered within so many milliseconds."""
+    return Arrival(0, Slo(latency_ns=int(latency_ms * MS), min_accuracy=floor), **facts)  # type: ignore[arg-type]
+
+
+def model_with(*arrivals: Arrival) -> ModelQueue:
+    """The usual five variants with these requests waiting."""
+    model = model_of()
+    queue_up(model, *arrivals)
+    return model
+
+
+def chosen(model: ModelQueue, choice: Choice) -> tuple[str, list[int], str]:
+    """Variant, members and reason, for comparison."""
+    return model.variants[choice.variant].name, [request.number for request in choice.requests], choice.reason
+
+
+def test_an_idle_executor_and_a_loose_deadline_buy_the_most_accurate_variant() -> None:
+    """With time to spare for everybody, all run together on the reference."""
+    model = model_of()
+    queue_up(model, *[within(500)] * 3)
+    assert chosen(model, choose(model, 0, [])) == ("fp32", [0, 1, 2], "best")
+
+
+@pytest.mark.parametrize(
+    ("latency_ms", "name"), [(12, "fp32"), (10, "amp"), (8, "int8-static"), (6.6, "pruned"), (4, "distilled")]
+)
+def test_the_slack_decides_which_variants_are_left(latency_ms: float, name: str) -> None:
+    """A lone request gets the most accurate variant whose predicted latency fits its deadline."""
+    model = model_of()
+    queue_up(model, within(latency_ms))
+    name_chosen, _, reason = chosen(model, choose(model, 0, []))
+    assert (name_chosen, reason) == (name, "best" if name == "fp32" else "slack")
+
+
+def test_the_deadline_includes_the_reserve_for_the_reply() -> None:
+    """One nanosecond less than prediction plus reserve excludes the variant; exactly that much does not."""
+    model = model_of()
+    needed_ns = model.latency.predict_ns(0, 1) + REPLY_RESERVE_NS
+    for budget_ns, name in [(needed_ns, "fp32"), (needed_ns - 1, "amp")]:
+        model = model_of()
+        queue_up(model, Arrival(0, Slo(latency_ns=budget_ns)))
+        assert chosen(model, choose(model, 0, []))[0] == name
+
+
+def test_size_comes_before_accuracy() -> None:
+    """Four requests that fit one batch of a middling variant are not split to buy the best one for two of them."""
+    model = model_of()
+    queue_up(model, *[within(16)] * 4)  # fp32 fits 1, amp 2, int8-static 4
+    assert chosen(model, choose(model, 0, [])) == ("int8-static", [0, 1, 2, 3], "slack")
+
+
+def test_those_left_behind_must_still_finish_in_time() -> None:
+    """A request of another shape rules out the variants after which its own fastest run would be too late."""
+    first, second = within(13, shape=(8,)), within(13.2, shape=(9,))
+    alone, together = model_with(first), model_with(first, second)
+    assert chosen(alone, choose(alone, 0, [])) == ("fp32", [0], "best")  # done after 11.5 ms
+    assert chosen(together, choose(together, 0, [])) == ("amp", [0], "drain")  # 8.7 ms, and 3.1 ms for the other
+    assert chosen(together, choose(together, 0, [0])) == ("fp32", [0], "best")  # an idle executor takes the other
+
+
+def test_a_backlog_moves_the_batch_to_a_faster_variant() -> None:
+    """Sixty-four requests with 100 ms cannot all have the reference: the first batch takes what lets the rest drain."""
+    model = model_with(*[within(100)] * 64)
+    name, numbers, reason = chosen(model, choose(model, 0, []))
+    assert numbers == list(range(16))
+    assert reason == "drain"
+    assert name not in ("fp32", "distilled")
+
+
+def test_another_executor_that_is_free_soon_counts() -> None:
+    """The same backlog allows a better variant beside idle executors than beside busy ones."""
+    alone, helped = model_with(*[within(100)] * 64), model_with(*[within(100)] * 64)
+    busy, idle = choose(alone, 0, [10**12]), choose(helped, 0, [0, 0, 0])
+    assert idle.variant < busy.variant
+
+
+def test_the_forecast_alone_moves_a_batch_to_a_faster_variant() -> None:
+    """With nobody else waiting, a high rate of arrivals rules out the slow variant."""
+    quiet, rushing = model_of(), model_of()
+    for instant_ns in range(0, 1000 * MS, MS):
+        rushing.note_arrival(1, 60 * MS, instant_ns)
+    arrivals = [Arrival(1000 * MS, Slo(latency_ns=60 * MS))] * 8
+    for model in (quiet, rushing):
+        queue_up(model, *arrivals)
+    assert chosen(quiet, choose(quiet, 1000 * MS, []))[0] == "fp32"
+    name, _, reason = chosen(rushing, choose(rushing, 1000 * MS, []))
+    assert (name, reason) != ("fp32", "best")
+
+
+def test_tight_deadlines_of_the_past_do_not_deny_a_lone_request_the_reference() -> None:
+    """Seconds after a rush of tight requests, one with time to spare gets the most accurate variant again."""
+    model = model_of(variant("fp32", 0.913, 60, 4), variant("distilled", 0.872, 2, 0.7))
+    for instant_ns in range(0, 1000 * MS, MS):
+        model.note_arrival(1, 10 * MS, instant_ns)
+    queue_up(model, Arrival(3000 * MS, Slo(latency_ns=500 * MS)))
+    assert chosen(model, choose(model, 3000 * MS, [])) == ("fp32", [0], "best")
+
+
+def test_what_is_a_usual_deadline_follows_the_traffic() -> None:
+    """After a thousand tight requests, one with time to spare two seconds later counts for more than all of them."""
+    model = model_of()
+    for instant_ns in range(0, 1000 * MS, MS):
+        model.note_arrival(1, 10 * MS, instant_ns)
+    assert model.typical_budget_ns == pytest.approx(10 * MS)
+    model.note_arrival(1, 500 * MS, 3000 * MS)
+    assert model.typical_budget_ns > 400 * MS
+
+
+def test_a_strict_request_does_not_block_those_who_may_run_on_less() -> None:
+    """A request that the batch's variant does not satisfy is skipped and stays queued; the others run together."""
+    model = model_with(*[within(15)] * 4, within(60, floor=0.913), *[within(16)] * 4)
+    name, numbers, _ = chosen(model, choose(model, 0, []))
+    assert numbers == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert name != "fp32"
+
+
+def test_requests_may_be_upgraded_into_the_batch_of_a_strict_one() -> None:
+    """On the variant that the strict request needs, everybody who fits may join."""
+    model = model_with(within(40, floor=0.913), *[within(100)] * 3)
+    assert chosen(model, choose(model, 0, [])) == ("fp32", [0, 1, 2, 3], "best")
+
+
+def test_shapes_never_mix_and_the_most_urgent_shape_goes_first() -> None:
+    """The anchor's shape alone fills the batch."""
+    model = model_with(
+        within(300, shape=(8,)), within(200, shape=(9,)), within(300, shape=(8,)), within(400, shape=(9,))
+    )
+    assert chosen(model, choose(model, 0, []))[1] == [1, 3]
+
+
+def test_equal_deadlines_run_in_order_of_arrival() -> None:
+    """Twenty identical requests: the batch is the first sixteen."""
+    model = model_with(*[within(500)] * 20)
+    assert chosen(model, choose(model, 0, []))[1] == list(range(16))
+
+
+def test_large_requests_that_fill_no_batch_still_get_the_best_variant() -> None:
+    """Two requests of ten samples cannot share a batch of sixteen; on an idle server each has the reference."""
+    model = model_with(within(2000, samples=10), within(2000, samples=10))
+    assert chosen(model, choose(model, 0, [])) == ("fp32", [0], "best")
+
+
+def test_variants_measured_at_different_batch_sizes_are_each_kept_to_their_own() -> None:
+    """A batch is never larger than its variant was measured at, though another variant could take more."""
+    model = model_of(variant("fp32", 0.913, 6, 4, sizes=(1, 2, 4)), variant("amp", 0.912, 3, 2, sizes=SIZES))
+    queue_up(model, *[within(10_000)] * 12)
+    assert chosen(model, choose(model, 0, [])) == ("amp", list(range(12)), "batch")  # fp32 would leave eight behind
+    model = model_of(variant("fp32", 0.913, 6, 4, sizes=(1, 2, 4)), variant("amp", 0.912, 3, 2, sizes=SIZES))
+    queue_up(model, *[within(10_000)] * 4)
+    assert chosen(model, choose(model, 0, [])) == ("fp32", [0, 1, 2, 3], "best")
+
+
+def test_a_variant_that_must_not_batch_runs_one_request_at_a_time() -> None:
+    """Where batch-mates would change an answer, a request runs alone, its own samples together."""
+    model = model_of(variant("fp32", 0.913, 6, 4, batchable=False))
+    queue_up(model, within(500, samples=3), within(500))
+    choice = choose(model, 0, [])
+    assert ([request.number for request in choice.requests], choice.samples) == ([0], 3)
+
+
+def test_overload_takes_the_largest_batch_on_the_fastest_variant() -> None:
+    """When nothing can save everybody, the most requests are saved."""
+    model = model_with(*[within(20)] * 200)
+    name, numbers, reason = chosen(model, choose(model, 0, []))
+    assert (name, reason) == ("distilled", "overload")
+    assert len(numbers) == 16
+
+
+def test_overload_gives_up_on_one_for_the_many_behind_it() -> None:
+    """A request with time for itself alone is passed over when a full batch would miss its deadline otherwise."""
+    model = model_with(within(3.5), *[within(16.5)] * 16, *[within(17)] * 64)
+    numbers = chosen(model, choose(model, 0, []))[1]
+    assert 0 not in numbers
+    assert len(numbers) == 16
+
+
+def test_overload_weighs_priority() -> None:
+    """A request that is given up for many of its own priority is served when it is worth more than they are."""
+
+    def batch(priority: int) -> list[int]:
+        urgent = Arrival(0, Slo(latency_ns=int(3.5 * MS), priority=priority))
+        others = [Arrival(0, Slo(latency_ns=int(5.3 * MS), priority=8))] * 40
+        model = model_with(urgent, *others)
+        return chosen(model, choose(model, 0, []))[1]
+
+    assert 0 in batch(1)
+    assert 0 not in batch(8)
+
+
+def test_nobody_in_a_batch_is_predicted_past_their_deadline() -> None:
+    """Also in overload, mates who would be late in this batch are left for another."""
+    model = model_with(*[within(3.6 + 0.2 * place) for place in range(60)])
+    choice = choose(model, 0, [])
+    assert choice.predicted_ns + REPLY_RESERVE_NS <= min(request.deadline_ns for request in choice.requests)
+
+
+def test_a_higher_priority_is_nearer_the_front() -> None:
+    """At equal deadlines the batch holds those of the highest priority; the rest wait."""
+    urgent, default = Slo(latency_ns=500 * MS, priority=1), Slo(latency_ns=500 * MS)
+    model = model_with(*[Arrival(0, default)] * 10, *[Arrival(0, urgent)] * 16)
+    numbers = chosen(model, choose(model, 0, []))[1]
+    assert len(set(numbers) & set(range(10, 26))) >= 15  # the anchor, first of the least laxity, is in any batch
+
+
+def test_equally_accurate_variants_are_told_apart_by_proof_and_then_by_name() -> None:
+    """The ranking is total: least proven drop, then greatest proven accuracy, the reference, the name."""
+    ranked = model_of(
+        variant("b", 0.9, 1, 1, reference_accuracy=0.9),
+        variant("fp32", 0.9, 4, 4),
+        variant("a", 0.9, 1, 1, reference_accuracy=0.9),
+        variant("c", 0.95, 1, 1, reference_accuracy=0.9),
+        variant("d", 0.8, 1, 1, reference_accuracy=0.9),
+    )
+    assert [v.name for v in ranked.variants] == ["c", "fp32", "a", "b", "d"]
