@@ -7,6 +7,7 @@ does not answer is one line and exit 1. Commands import what they need when they
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def _build(chosen: argparse.Namespace) -> int:
 
 def _serve(chosen: argparse.Namespace) -> int:
     made = settings.load(vars(chosen))
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at its import; its own lines on stderr would break our log
 
     from server.app import serve
 

@@ -112,7 +112,7 @@ class ModelFolder:
     @property
     def name(self) -> str:
         """The model's name: the folder's. Raises RepositoryError if it is not a valid one."""
-        name = self.path.resolve().name
+        name = self.path.absolute().name
         if not re.fullmatch(NAME_PATTERN, name):
             raise RepositoryError(f"{self.path}: a model's name must match {NAME_PATTERN}, not {name!r}")
         return name

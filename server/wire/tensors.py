@@ -138,9 +138,10 @@ def _decode_strings(name: str, shape: tuple[int, ...], elements: int, raw: bytes
             f"tensor {quoted(name)} of BYTES {shape_text(shape)} takes at least {elements * _LENGTH.size} raw bytes, "
             f"got {len(raw)}"
         )
+    _check_count(name, elements)
     values = []
     position, end = 0, len(raw)
-    for index in range(min(elements, MAX_STRINGS + 1)):
+    for index in range(elements):
         start = position + _LENGTH.size
         if start > end:
             raise InvalidRequest(f"tensor {quoted(name)}: the raw bytes end inside the length of element {index}")
@@ -148,14 +149,18 @@ def _decode_strings(name: str, shape: tuple[int, ...], elements: int, raw: bytes
         if position > end:
             raise InvalidRequest(f"tensor {quoted(name)}: element {index} is longer than the raw bytes that remain")
         values.append(raw[start:position])
-    if position != end and elements <= MAX_STRINGS:
+    if position != end:
         raise InvalidRequest(f"tensor {quoted(name)}: {end - position} raw bytes follow the last element")
     return _strings(name, shape, elements, values)
 
 
-def _strings(name: str, shape: tuple[int, ...], elements: int, values: Sequence[bytes]) -> np.ndarray[Any, Any]:
+def _check_count(name: str, elements: int) -> None:
     if elements > MAX_STRINGS:
         raise InvalidRequest(f"tensor {quoted(name)} has {elements} BYTES elements; at most {MAX_STRINGS} are accepted")
+
+
+def _strings(name: str, shape: tuple[int, ...], elements: int, values: Sequence[bytes]) -> np.ndarray[Any, Any]:
+    _check_count(name, elements)
     array = np.empty(elements, np.object_)
     for index, value in enumerate(values):
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ class TorchRuntime:
 
     def load(self, artefact: Path, *, precision: str, threads: int, device: str) -> TorchSession:  # noqa: ARG002 - see rules
         """Load a trusted archive. `threads` holds for the whole process. Raises RuntimeUnavailable with a reason."""
+        # read when torch is first imported: threads that spin while they wait starve the other executors
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch
 
         torch.set_num_threads(threads)  # its OpenMP team collapses when it has more threads than free cores

@@ -1,0 +1,329 @@
+"""Assembly: settings in, a serving process out; start, readiness and drain.
+
+Rules: this is the only place that constructs the parts and knows them all. Nothing listens before every model is loaded
+or known to have failed, so a client that can connect gets answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+
+from prometheus_client import CollectorRegistry
+
+from server import logs
+from server.administration import Actions, Administration
+from server.engine import Engine, error_reply
+from server.loading import Host, load_model
+from server.metrics import Metrics, ModelLoad
+from server.models import Models, NotServed, ServedModel
+from server.scheduling.scheduler import Scheduler
+from server.security import Authorizer
+from server.services import METHODS, ServerServices
+from server.settings import Settings
+from server.statistics import Statistics
+from server.status import ModelStatus, Recent, ServerStatus
+from server.transport.grpcio_transport import GrpcioTransport, Limits, Tls
+from server.web import Site, WebServer, tls_context
+from variants.hardware import Hardware, detect_hardware
+from variants.measure import ProfileCache
+from variants.model_config import RepositoryError
+from variants.repository import ModelFolder, Repository
+from variants.runtimes import available_runtimes
+
+log = logging.getLogger(__name__)
+
+_REASONS = ("best", "slack", "batch", "drain", "pinned", "overload", "late", "retry")
+_GRACE_S = 1.0
+"""What open rpcs get to end after the drain, and then the executors."""
+_SWITCH_INTERVAL_S = 0.0005
+"""How long a Python thread may hold on while another waits: an executor that returns must not wait 5 ms."""
+
+
+class StartError(Exception):
+    """The server cannot start; one line says why."""
+
+
+class Server:
+    """All parts of one serving process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.hardware = detect_hardware()
+        self.executors, self.threads = share_cores(settings, self.hardware)
+        self.models = Models()
+        self.statistics = Statistics()
+        self.recent = Recent(clock_ns=time.monotonic_ns)
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry, [int(settings.default_latency_ms * 1e6)], _REASONS)
+        self.host = _host(settings, self.hardware, self.executors, self.threads)
+        self.scheduler = Scheduler(
+            self.executors, max_requests=settings.max_queue_requests, max_bytes=settings.max_queue_bytes
+        )
+        authorizer = Authorizer.from_file(settings.auth_tokens) if settings.auth_tokens else None
+        tls = _tls(settings)
+        self.transport = GrpcioTransport(
+            METHODS,
+            f"{settings.host}:{settings.grpc_port}",
+            limits=Limits(max_message_bytes=settings.max_message_bytes),
+            tls=tls,
+        )
+        self.administration = self._administration() if settings.admin else None
+        self.services = ServerServices(
+            models=self.models,
+            statistics=self.statistics,
+            transport=self.transport,
+            snapshot=lambda read: self.engine.snapshot(read),  # noqa: PLW0108 - the engine comes after its services
+            administration=self.administration,
+            executors=self.executors,
+        )
+        self.engine = Engine(
+            scheduler=self.scheduler,
+            models=self.models,
+            transport=self.transport,
+            services=self.services,
+            listeners=(self.metrics, self.statistics, self.recent),
+            executors=self.executors,
+            authorise=authorizer.check if authorizer else None,
+        )
+        site = Site(self.registry, self.status, self.recent, authorizer)
+        self.web = WebServer((settings.host, settings.http_port), site, _web_tls(settings))
+
+    def load_models(self) -> None:
+        """Load every model of the repository. Raises StartError with --strict when one cannot load."""
+        self.metrics.add_executors(self.executors)
+        self.metrics.set_hardware(_hardware_facts(self.hardware, self.host.device))
+        self.metrics.watch(self.loads)
+        for folder in self._folders():
+            self.load(folder)
+        for failed in self.models.not_served():
+            if self.settings.strict:
+                raise StartError(f"--strict: model {failed.name} cannot load: {failed.reason}")
+
+    def load(self, folder: ModelFolder) -> str | None:
+        """Load one model and serve it, in place of what served under its name; returns why it could not be loaded."""
+        name = folder.path.name
+        try:
+            model = load_model(ModelFolder(folder.path), self.host)
+        except RepositoryError as error:
+            log.error("model %s cannot load: %s", name, error)
+            reason = str(error).replace(f"{folder.path}/", "")  # clients see it, and our folders are not their concern
+        except Exception as error:
+            log.exception("model %s cannot load", name)
+            reason = f"internal error: {type(error).__name__}"
+        else:
+            before = next((served for served in self.models.served() if served.name == name), None)
+            if before is not None:
+                self.remove(before, "another version is taking over")
+            self.add(model)
+            return None
+        if all(served.name != name for served in self.models.served()):
+            self.models.drop(NotServed(name, "", "UNAVAILABLE", reason))
+        return reason
+
+    def unload(self, model: ServedModel) -> None:
+        """Stop serving a model at an operator's word."""
+        self.remove(model, "unloaded")
+
+    def show_states(self, model: ServedModel) -> None:
+        """Let the metrics show the variants' states as they are now."""
+        for variant in model.current_variants():
+            self.metrics.set_variant(model.name, model.version, variant)
+
+    def _folders(self) -> list[ModelFolder]:
+        return Repository(self.settings.models.resolve()).models()
+
+    def _administration(self) -> Administration:
+        actions = Actions(
+            folders=self._folders,
+            load=self.load,
+            unload=self.unload,
+            variant_changed=self.show_states,
+        )
+        return Administration(actions, self.transport, error_reply)
+
+    def add(self, model: ServedModel) -> None:
+        """Serve a loaded model."""
+        self.statistics.add_model(model.name, model.version)
+        self.metrics.add_model(model.name, model.version, model.variants, model.load_ns)
+        self.engine.add_model(model)
+        self.services.changed()
+        for variant in model.variants:
+            log.info(
+                "model %s/%s: %s is %s (%s)", model.name, model.version, variant.name, variant.state, variant.reason
+            )
+
+    def remove(self, model: ServedModel, reason: str) -> None:
+        """Stop serving a model: new requests are refused, admitted ones answered first."""
+        self.models.drop(NotServed(model.name, model.version, "UNAVAILABLE", reason))
+        self.services.changed()
+        self.engine.remove_model(model)
+        self.metrics.remove_model(model.name, model.version)
+
+    def start(self) -> tuple[int, int]:
+        """Listen; returns the gRPC and the HTTP port. Raises StartError when an address cannot be bound."""
+        try:
+            http_port = self.web.start()
+            grpc_port = self.transport.start()
+        except OSError as error:
+            self.web.stop()
+            raise StartError(f"cannot listen: {error}") from None
+        self.engine.start()
+        self.services.accept(True)
+        return grpc_port, http_port
+
+    def stop(self) -> bool:
+        """Drain and stop, both within the drain time; False when admitted work was left unanswered."""
+        grace_s = min(_GRACE_S, self.settings.drain_seconds / 4)
+        self.services.accept(False)
+        drained = self.engine.drain(self.settings.drain_seconds - 2 * grace_s)
+        if self.administration is not None:
+            self.administration.stop()
+        self.transport.stop(grace_ns=int(grace_s * 1e9))
+        self.engine.stop(grace_s)
+        self.web.stop()
+        return drained
+
+    def loads(self) -> Mapping[str, ModelLoad]:
+        """Every model's load, for the gauges."""
+        inflight = self.engine.inflight()
+
+        def read(scheduler: Scheduler, now_ns: int) -> dict[str, ModelLoad]:
+            return {
+                queue.key[0]: ModelLoad(
+                    queue_depth=queue.waiting,
+                    queue_bytes=queue.waiting_bytes,
+                    inflight_requests=inflight.get(queue.key[0], 0),
+                    saturation_ratio=scheduler.saturation(queue.key, now_ns),
+                )
+                for queue in scheduler.models.values()
+            }
+
+        return self.engine.snapshot(read)
+
+    def status(self) -> ServerStatus:
+        """The server as it is now, for the status page and the probes."""
+        loads = self.loads()
+        empty = ModelLoad(0, 0, 0, 0.0)
+        return ServerStatus(
+            live=True,
+            ready=self.services.ready,
+            reason="" if self.services.ready else self.services.not_ready_reason,
+            executors=self.executors,
+            busy_executors=self.engine.snapshot(lambda scheduler, _: scheduler.busy_executors),
+            hardware=f"{self.hardware.cpu}, {self.hardware.cores} cores, {self.host.device}",
+            models=tuple(
+                ModelStatus(m.name, m.version, m.current_variants(), loads.get(m.name, empty))
+                for m in self.models.served()
+            ),
+            failed={entry.name: entry.reason for entry in self.models.not_served()},
+        )
+
+
+def serve(settings: Settings) -> int:
+    """`gearshift serve`: run until a signal; returns the exit code."""
+    logs.set_up(settings.log_format, settings.log_level)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    _on_signal(lambda: sys.exit(0))  # as long as there is nothing to drain
+    asked_to_stop: SimpleQueue[None] = SimpleQueue()  # the one way out of a signal handler that cannot deadlock
+    try:
+        server = Server(settings)
+        server.load_models()
+        _on_signal(lambda: asked_to_stop.put(None))
+        grpc_port, http_port = server.start()
+    except (StartError, RepositoryError) as error:
+        print(f"gearshift: {error}", file=sys.stderr)  # noqa: T201 - the promised one line
+        return 2
+    host = settings.host
+    log.info("ready: gRPC on %s:%d, HTTP on http://%s:%d", host, grpc_port, host, http_port)
+    asked_to_stop.get()
+    log.info("draining for at most %g s", settings.drain_seconds)
+    drained = server.stop()
+    log.info("drained" if drained else "stopped with unanswered work")
+    if threading.active_count() > 1:  # one that is inside a runtime cannot be ended, and a normal exit aborts under it
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+def _on_signal(act: Callable[[], object]) -> None:
+    """What SIGTERM and SIGINT do from now on."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: act())
+
+
+def share_cores(settings: Settings, hardware: Hardware) -> tuple[int, int]:
+    """Executors and threads for each, such that together they never exceed the cores that are ours.
+
+    On a CPU one executor per core, with one thread each, beats fewer wider ones in throughput; on a GPU one executor
+    keeps the device to itself.
+    """
+    threads = settings.threads or hardware.cores
+    automatic = 1 if _device(settings, hardware) != "cpu" else threads
+    executors = settings.executors or automatic
+    return executors, max(1, threads // executors)
+
+
+def _host(settings: Settings, hardware: Hardware, executors: int, threads: int) -> Host:
+    return Host(
+        hardware=hardware,
+        device=_device(settings, hardware),
+        threads=threads,
+        runtimes=available_runtimes(executors),
+        profiles=ProfileCache(_cache_folder()),
+        default_latency_ns=int(settings.default_latency_ms * 1e6),
+        allow_unverified=settings.allow_unverified,
+        trust_torch_archives=settings.trust_torch_archives,
+    )
+
+
+def _device(settings: Settings, hardware: Hardware) -> str:
+    if settings.device == "auto":
+        return "cuda" if hardware.cuda else "cpu"
+    if settings.device.startswith("cuda") and not hardware.cuda:
+        raise StartError(f"--device {settings.device}: there is no CUDA device here")
+    return settings.device
+
+
+def _cache_folder() -> Path | None:
+    """Where profiles are remembered: the XDG cache. None where there is no home to put it in."""
+    with suppress(RuntimeError):
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache") / "gearshift" / "profiles"
+    return None
+
+
+def _tls(settings: Settings) -> Tls | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    client_ca = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
+    return Tls(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes(), client_ca)
+
+
+def _web_tls(settings: Settings) -> ssl.SSLContext | None:
+    """The HTTP port shows the gRPC port's certificate: tokens and figures cross no network in the clear."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    try:
+        return tls_context(settings.tls_cert, settings.tls_key)
+    except OSError as error:
+        raise StartError(f"--tls-cert and --tls-key do not make a certificate with its key: {error}") from None
+
+
+def _hardware_facts(hardware: Hardware, device: str) -> dict[str, str]:
+    return {
+        "cpu": hardware.cpu,
+        "cores": str(hardware.cores),
+        "isa": ",".join(sorted(hardware.isa)),
+        "device": device,
+        "cuda": ",".join(gpu.name for gpu in hardware.cuda),
+    }

@@ -1,0 +1,477 @@
+"""The one place with threads: takes calls, feeds the scheduler, runs batches, replies.
+
+How the threads share the work (leader and followers):
+
+- Every executor has a thread. An idle executor's own thread takes new calls, admits them and decides, so a request at
+  an idle server changes threads only once, from the transport. Only one thread, the *leader*, does that at a time;
+  when it has a batch to run it lets the next idle executor lead.
+- While every executor is busy, the *keeper* thread leads: it admits, refuses, expires and cancels, and steps back as
+  soon as an executor is idle.
+- The scheduler is touched only under `_lock`, which is never held during a runtime call, a reply or a listener.
+
+Success, failure, expiry and cancellation of a request all end in `_end`, which looks whether the client is still there.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count
+from typing import Protocol, TypeVar
+
+from server.errors import (
+    Cancelled,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    RuntimeFailed,
+    ServingError,
+    Unauthenticated,
+    Unavailable,
+)
+from server.events import BatchRan, Decided, Event, Listener, RequestEnded
+from server.inference import Inference, Part, gather, scatter
+from server.models import Models, ServedModel
+from server.scheduling.admission import make_request
+from server.scheduling.scheduler import End, Run, Scheduler
+from server.scheduling.slo import Outcome, Request
+from server.transport.transport import Call, Reply, Status, Taken, Transport
+from server.wire.inference import encode_stream_error, encode_stream_response, parse_infer, read_request
+from server.wire.status_codes import to_status
+
+log = logging.getLogger(__name__)
+
+Seen = TypeVar("Seen")
+
+MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
+MODEL_STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
+
+_REFUSED_BEFORE_QUEUE = {
+    InvalidRequest: Outcome.INVALID,
+    NotFound: Outcome.INVALID,
+    Cancelled: Outcome.CANCELLED,
+    RuntimeFailed: Outcome.FAILED,
+    Unauthenticated: Outcome.INVALID,
+    PermissionDenied: Outcome.INVALID,
+    Unavailable: Outcome.REJECTED,
+}
+_PAUSE_AFTER_BUG_S = 0.1
+_NO_FACTS: Mapping[str, str] = {}
+_UNJUDGED = frozenset({Outcome.INVALID, Outcome.CANCELLED, Outcome.INFEASIBLE})
+
+
+Authorise = Callable[[str, Iterable[tuple[str, str | bytes]]], None]
+"""Takes a method and its metadata; raises Unauthenticated or PermissionDenied."""
+
+
+class Services(Protocol):
+    """Answers every call that is not an inference."""
+
+    def answer(self, call: Call) -> Sequence[Reply]:
+        """The replies to a call; none yet where the answer comes later."""
+        ...
+
+    def forget(self, call: Call) -> None:
+        """The client of a call went away."""
+        ...
+
+
+class Engine:
+    """Carries out what the scheduler says. `clock` is `time.monotonic_ns`, which the transport's calls use too."""
+
+    def __init__(  # noqa: PLR0913 - the composition root names its parts
+        self,
+        *,
+        scheduler: Scheduler,
+        models: Models,
+        transport: Transport,
+        services: Services,
+        listeners: Sequence[Listener],
+        executors: int,
+        authorise: Authorise | None = None,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._scheduler = scheduler
+        self._models = models
+        self._by_key: dict[tuple[str, str], ServedModel] = {}
+        self._transport = transport
+        self._services = services
+        self._listeners = tuple(listeners)
+        self._authorise = authorise
+        self._clock = clock
+        self._numbers = count()
+        self._inferences: dict[Call, Inference] = {}
+        self._lock = threading.Lock()
+        self._lead = threading.Lock()
+        self._all_busy = threading.Event()
+        self._settled = threading.Condition(self._lock)
+        self._idle = executors
+        self._keeper_leads = False
+        self._draining = False
+        self._stopped = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._execute_for_ever, args=(executor,), name=f"executor-{executor}", daemon=True)
+            for executor in range(executors)
+        ]
+        self._threads.append(threading.Thread(target=self._keep_for_ever, name="keeper", daemon=True))
+
+    def start(self) -> None:
+        """Start serving what the transport takes in."""
+        for thread in self._threads:
+            thread.start()
+
+    def add_model(self, model: ServedModel) -> None:
+        """Serve a model; a version that served before answers what it has admitted."""
+        with self._lock:
+            self._by_key[model.key] = model
+            self._scheduler.add_model(model.queue)
+        self._models.add(model)
+
+    def remove_model(self, model: ServedModel) -> None:
+        """Forget a model that the registry no longer names, once nothing of it waits or runs."""
+        with self._settled:
+            self._settled.wait_for(lambda: not self._busy_with(model))
+            self._scheduler.remove_model(model.key)
+            self._by_key.pop(model.key, None)
+
+    def _busy_with(self, model: ServedModel) -> bool:
+        """Whether something of a model waits or runs; a batch may outlive its clients."""
+        return self._scheduler.runs(model.key) or any(i.model is model for i in self._inferences.values())
+
+    def drain(self, seconds: float) -> bool:
+        """Refuse new inferences and wait for the admitted ones; False when some were left after `seconds`."""
+        self._draining = True
+        with self._settled:
+            return self._settled.wait_for(lambda: not self._inferences, seconds)
+
+    def stop(self, seconds: float = 5.0) -> None:
+        """Stop the threads; what still waits is not answered, and who is in a runtime for longer is left there."""
+        self._stopped.set()
+        self._all_busy.set()
+        end_ns = self._clock() + int(seconds * 1e9)
+        for thread in self._threads:
+            self._transport.wake()
+            thread.join(max(0, end_ns - self._clock()) / 1e9)
+
+    def snapshot(self, read: Callable[[Scheduler, int], Seen]) -> Seen:
+        """What `read` makes of the scheduler at this moment, consistently."""
+        with self._lock:
+            return read(self._scheduler, self._clock())
+
+    def inflight(self) -> Mapping[str, int]:
+        """Admitted and unanswered inferences by model."""
+        with self._lock:
+            counts: dict[str, int] = {}
+            for inference in self._inferences.values():
+                counts[inference.model.name] = counts.get(inference.model.name, 0) + 1
+            return counts
+
+    def _execute_for_ever(self, executor: int) -> None:
+        while not self._stopped.is_set():
+            run = self._survive(self._next_run, executor)
+            if run is None:
+                continue
+            self._survive(self._execute, run)
+            with self._lock:
+                self._idle += 1
+                keeper_leads = self._keeper_leads
+            if keeper_leads:
+                self._transport.wake()
+
+    def _survive(self, work: Callable[..., Seen], *arguments: object) -> Seen | None:
+        """Do a piece of work; a bug of ours in it is logged and must not cost a thread, which would hang everybody."""
+        try:
+            return work(*arguments)
+        except Exception:
+            log.exception("%s survived a bug", threading.current_thread().name)
+            self._stopped.wait(_PAUSE_AFTER_BUG_S)
+            return None
+
+    def _next_run(self, executor: int) -> Run | None:
+        with self._lead:
+            while not self._stopped.is_set():
+                run, timeout_ns = self._decide(executor)
+                if run is not None:
+                    with self._lock:
+                        self._idle -= 1
+                        if self._idle == 0:
+                            self._all_busy.set()
+                    return run
+                self._handle(self._transport.take(timeout_ns))
+        self._transport.wake()
+        return None
+
+    def _keep_for_ever(self) -> None:
+        while not self._stopped.is_set():
+            self._all_busy.wait()
+            self._survive(self._keep)
+
+    def _keep(self) -> None:
+        with self._lead:
+            while not self._stopped.is_set() and self._keeps():
+                _, timeout_ns = self._decide(None)
+                self._handle(self._transport.take(timeout_ns))
+
+    def _keeps(self) -> bool:
+        """Whether the keeper is still needed; steps back where an executor is idle."""
+        with self._lock:
+            self._keeper_leads = self._idle == 0
+            if not self._keeper_leads:
+                self._all_busy.clear()
+            return self._keeper_leads
+
+    def _decide(self, executor: int | None) -> tuple[Run | None, int | None]:
+        """The executor's next batch, or how long to wait for calls before asking again; None is for ever."""
+        run: Run | None = None
+        wait_ns: int | None = None
+        with self._lock:
+            start_ns = self._clock()
+            ended = self._scheduler.tick(start_ns)
+            if executor is not None:
+                run = self._scheduler.decide(executor, start_ns)
+            now_ns = self._clock()
+            if run is None:
+                event_ns = self._scheduler.next_event_ns(now_ns)
+                wait_ns = None if event_ns is None else max(0, event_ns - now_ns)
+        if run is not None:
+            self._tell(Decided(run.model[0], now_ns - start_ns))
+        self._end_all(ended)
+        return run, wait_ns
+
+    def _handle(self, taken: Taken) -> None:
+        for call in taken.calls:
+            if call.method in (MODEL_INFER, MODEL_STREAM_INFER):
+                self._admit(call)
+            else:
+                self._answer(call)
+        for call in taken.cancelled:  # after the calls: one may have come and gone in the same moment
+            self._cancel(call)
+
+    def _answer(self, call: Call) -> None:
+        """Let the services answer a call that is not an inference."""
+        try:
+            self._check_credentials(call)
+            replies = self._services.answer(call)
+        except ServingError as error:
+            replies = [error_reply(call, error)]
+        except Exception:
+            replies = [error_reply(call, _incident(f"answering {call.method}"))]
+        self._transport.reply(replies)
+
+    def _check_credentials(self, call: Call) -> None:
+        if self._authorise is not None:
+            self._authorise(call.method, call.metadata)
+
+    def _admit(self, call: Call) -> None:
+        """Decode, check and queue one inference; whatever is wrong with it ends here and touches nobody else."""
+        name = version = request_id = ""
+        try:
+            self._check_credentials(call)
+            message = parse_infer(call.message)
+            call.message = b""  # decoded: while the request waits, its bytes need not be held twice
+            name, version, request_id = message.model_name, message.model_version, message.id
+            if self._draining:
+                raise Unavailable("the server is draining")
+            model = self._models.find(name, version)
+            version = model.version
+            request = read_request(message, model.signature)
+            self._queue(Inference(call, request, model))
+        except ServingError as error:
+            self._refuse(call, name, version, request_id, error)
+        except Exception:
+            self._refuse(call, name, version, request_id, _incident(f"admitting a request for {name!r}"))
+
+    def _queue(self, inference: Inference) -> None:
+        call = inference.call
+        ended: list[End] = []
+        with self._lock:
+            inference.requests = [self._request(inference, part) for part in inference.parts()]
+            inference.open_parts = len(inference.requests)
+            inference.deadline_ns = inference.requests[0].deadline_ns
+            self._inferences[call] = inference
+            for request in inference.requests:
+                ended += self._scheduler.arrived(request, self._clock())
+                if ended and ended[-1].request is request:
+                    break
+        self._end_all(ended)
+
+    def _request(self, inference: Inference, part: Part) -> Request:
+        call, request, model = inference.call, inference.request, inference.model
+        deadlines = [call.deadline_ns] if call.deadline_ns is not None else []
+        if request.timeout_ns is not None:
+            deadlines.append(call.arrival_ns + request.timeout_ns)
+        return make_request(
+            model.queue,
+            request.slo,
+            model.defaults,
+            number=next(self._numbers),
+            samples=part.samples,
+            size_bytes=request.payload_bytes * part.samples // max(request.samples, 1),
+            shape=request.shape_key,
+            arrival_ns=call.arrival_ns,
+            rpc_deadline_ns=min(deadlines, default=None),
+            payload=part,
+        )
+
+    def _execute(self, run: Run) -> None:
+        model = self._by_key[run.model]
+        parts: list[Part] = [request.payload for request in run.requests]  # type: ignore[misc]
+        batched = model.signature.max_batch_size > 0
+        start_ns = self._clock()
+        try:
+            outputs = model.sessions[run.variant].run(gather(parts))
+            scatter(parts, outputs, batched=batched)
+        except Exception:
+            self._failed(run, start_ns)
+            return
+        end_ns = self._clock()
+        for request, part in zip(run.requests, parts, strict=True):
+            part.place, part.reason, part.batch_size = run.place, _reason(request, run), run.samples
+            part.queue_ns, part.compute_ns = start_ns - request.arrival_ns, end_ns - start_ns
+            part.floor_met = bool(request.asked >> run.place & 1)
+        with self._lock:
+            self._scheduler.finished(run, end_ns, end_ns - start_ns)
+            self._settled.notify_all()
+            answered = [part.inference for part in parts if part.inference.part_answered()]
+        self._reply(answered)
+        self._tell(_batch_record(run, end_ns - start_ns, failed=False))
+
+    def _failed(self, run: Run, start_ns: int) -> None:
+        error = _incident(f"running {run.samples} samples of {run.model[0]} on {run.variant}")
+        end_ns = self._clock()
+        with self._lock:
+            ended = self._scheduler.failed(run, end_ns, error.incident)
+            self._settled.notify_all()
+        self._end_all(ended)
+        self._tell(_batch_record(run, end_ns - start_ns, failed=True))
+
+    def _reply(self, answered: Sequence[Inference]) -> None:
+        """Encode and send the answers of one batch together."""
+        replies, records = [], []
+        now_ns = self._clock()
+        for inference in answered:
+            outcome = inference.outcome(now_ns)
+            message = inference.answer(outcome)
+            if inference.call.stream is not None:
+                message = encode_stream_response(message)
+            if self._close(inference):
+                replies.append(Reply(inference.call, message))
+                records.append(_answer_record(inference, outcome, now_ns))
+        if replies:
+            self._transport.reply(replies)
+        for record in records:
+            self._tell(record)
+
+    def _close(self, inference: Inference) -> bool:
+        """Claim the one end of an inference; False when it has ended already."""
+        with self._settled:
+            if inference.ended:
+                return False
+            inference.ended = True
+            self._inferences.pop(inference.call, None)
+            for request in inference.requests:
+                self._scheduler.cancelled(request)
+            self._settled.notify_all()
+            return True
+
+    def _end_all(self, ended: Iterable[End]) -> None:
+        for end in ended:
+            part: Part = end.request.payload  # type: ignore[assignment]
+            self._end(part.inference, end.outcome, end.error)
+
+    def _end(self, inference: Inference, outcome: Outcome, error: ServingError) -> None:
+        if not self._close(inference):
+            return
+        call, now_ns = inference.call, self._clock()
+        facts = {"reason": str(outcome), "slo_met": "false", "queue_us": str((now_ns - call.arrival_ns) // 1000)}
+        self._transport.reply([error_reply(call, error, inference.request.id, facts)])
+        model = inference.model
+        self._tell(_end_record(model.name, model.version, outcome, inference.request.samples, now_ns - call.arrival_ns))
+
+    def _cancel(self, call: Call) -> None:
+        inference = self._inferences.get(call)
+        if inference is None:
+            self._services.forget(call)
+            return
+        expired = call.deadline_ns is not None and self._clock() >= call.deadline_ns
+        outcome = Outcome.EXPIRED if expired else Outcome.CANCELLED
+        self._end(inference, outcome, Cancelled("the client went away"))
+
+    def _refuse(self, call: Call, name: str, version: str, request_id: str, error: ServingError) -> None:
+        outcome = _REFUSED_BEFORE_QUEUE.get(type(error), Outcome.INFEASIBLE)
+        self._inferences.pop(call, None)
+        self._transport.reply([error_reply(call, error, request_id, {"reason": str(outcome)})])
+        self._tell(_end_record(name, version, outcome, 0, self._clock() - call.arrival_ns))
+
+    def _tell(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)
+
+
+def _reason(request: Request, run: Run) -> str:
+    """Why this request got this variant: its own circumstances speak louder than the batch's."""
+    if request.late:
+        return "late"
+    if not request.asked >> run.place & 1:
+        return "degraded"
+    return "pinned" if request.pinned else run.reason
+
+
+def _incident(doing: str) -> RuntimeFailed:
+    """Log the exception being handled under a new id; only the id is for the client."""
+    incident = uuid.uuid4().hex[:12]
+    log.exception("incident %s while %s", incident, doing)
+    return RuntimeFailed(incident)
+
+
+def error_reply(call: Call, error: ServingError, request_id: str = "", facts: Mapping[str, str] = _NO_FACTS) -> Reply:
+    """An error as its rpc wants it: a status, or a message in a stream that stays open for those who may have one."""
+    as_status = ("triton_grpc_error", "true") in call.metadata or isinstance(error, Unauthenticated | PermissionDenied)
+    if call.method == MODEL_STREAM_INFER and not as_status:
+        return Reply(call, encode_stream_error(str(error), request_id))
+    status = to_status(error)
+    trailing = tuple((f"gearshift-{key}", value) for key, value in facts.items())
+    return Reply(call, status=Status(status.code, status.message, status.details), trailing=trailing)
+
+
+def _batch_record(run: Run, compute_ns: int, *, failed: bool) -> BatchRan:
+    name, version = run.model
+    requests = len(run.requests)
+    return BatchRan(
+        name,
+        version,
+        run.variant,
+        run.executor,
+        requests,
+        run.samples,
+        run.reason,
+        compute_ns,
+        run.predicted_ns,
+        failed,
+    )
+
+
+def _answer_record(inference: Inference, outcome: Outcome, now_ns: int) -> RequestEnded:
+    model, part = inference.model, inference.least_accurate()
+    variant = model.queue.variants[part.place]
+    return RequestEnded(
+        model=model.name,
+        version=model.version,
+        variant=variant.name,
+        outcome=outcome,
+        reason=part.reason,
+        samples=inference.request.samples,
+        slo_met=outcome is not Outcome.LATE,
+        total_ns=now_ns - inference.call.arrival_ns,
+        queue_ns=part.queue_ns,
+        compute_ns=part.compute_ns,
+        accuracy=variant.score.value if variant.score else None,
+    )
+
+
+def _end_record(model: str, version: str, outcome: Outcome, samples: int, total_ns: int) -> RequestEnded:
+    slo_met = None if outcome in _UNJUDGED else False
+    return RequestEnded(model, version, "none", outcome, str(outcome), samples, slo_met, total_ns, total_ns, 0, None)

@@ -1,0 +1,130 @@
+"""One client's inference on its way: cut into parts that fit a batch, run, and put together again.
+
+Rules: nothing here waits, locks or decides. The engine calls every method of one `Inference` under its lock except
+`answer`, which only reads what is complete by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from server.models import ServedModel
+from server.scheduling.slo import Outcome, Request
+from server.transport.transport import Call
+from server.wire.inference import InferRequest, ParameterValue, encode_response
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """What one scheduled request carries: its share of the inputs, then its share of the outputs and how they came."""
+
+    inference: Inference
+    inputs: Mapping[str, Array]
+    samples: int
+    outputs: Sequence[Array] = ()
+    place: int = 0
+    reason: str = ""
+    batch_size: int = 0
+    queue_ns: int = 0
+    compute_ns: int = 0
+    floor_met: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Inference:
+    """One ModelInfer. `requests` are its scheduled parts; `ended` is set once, when its one outcome is known."""
+
+    call: Call
+    request: InferRequest
+    model: ServedModel
+    deadline_ns: int = 0
+    requests: list[Request] = field(default_factory=list)
+    open_parts: int = 0
+    ended: bool = False
+
+    def parts(self) -> Iterator[Part]:
+        """The request cut into pieces of at most the model's maximum batch size, as views of its inputs."""
+        most = self.model.signature.max_batch_size
+        total = self.request.samples
+        if not most or total <= most:
+            yield Part(self, self.request.inputs, total)
+            return
+        for start in range(0, total, most):
+            inputs = {name: array[start : start + most] for name, array in self.request.inputs.items()}
+            yield Part(self, inputs, min(most, total - start))
+
+    def part_answered(self) -> bool:
+        """Count a part as answered; True when it was the last and nobody ended the inference before."""
+        self.open_parts -= 1
+        return self.open_parts == 0 and not self.ended
+
+    def outcome(self, now_ns: int) -> Outcome:
+        """How an inference whose parts are all answered ends."""
+        if now_ns > self.deadline_ns:
+            return Outcome.LATE
+        return Outcome.OK if all(part.floor_met for part in self._parts()) else Outcome.DEGRADED
+
+    def least_accurate(self) -> Part:
+        """The part that was answered by the lowest in the ranking: it speaks for the whole."""
+        return max(self._parts(), key=lambda part: part.place)
+
+    def answer(self, outcome: Outcome) -> bytes:
+        """The serialised ModelInferResponse."""
+        parts = self._parts()
+        outputs = parts[0].outputs
+        if len(parts) > 1:
+            outputs = [np.concatenate(pieces) for pieces in zip(*(part.outputs for part in parts), strict=True)]
+        signature = self.model.signature
+        return encode_response(
+            self.request,
+            self.model.version,
+            {spec.name: array for spec, array in zip(signature.outputs, outputs, strict=True)},
+            self._parameters(parts, outcome),
+            batched=signature.max_batch_size > 0,
+        )
+
+    def _parts(self) -> list[Part]:
+        return [request.payload for request in self.requests]  # type: ignore[misc]
+
+    def _parameters(self, parts: Sequence[Part], outcome: Outcome) -> dict[str, ParameterValue]:
+        worst = self.least_accurate()
+        variant = self.model.queue.variants[worst.place]
+        return {
+            "variant": variant.name,
+            "variant_accuracy": variant.proven_accuracy,
+            "reason": worst.reason,
+            "batch_size": worst.batch_size,
+            "queue_us": max(part.queue_ns for part in parts) // 1000,
+            "compute_us": max(part.compute_ns for part in parts) // 1000,
+            "slo_met": outcome is not Outcome.LATE,
+            "floor_met": all(part.floor_met for part in parts),
+        }
+
+
+def gather(parts: Sequence[Part]) -> Mapping[str, Array]:
+    """The inputs of a batch: one copy, or none for a batch of one."""
+    if len(parts) == 1:
+        return parts[0].inputs
+    return {name: np.concatenate([part.inputs[name] for part in parts]) for name in parts[0].inputs}
+
+
+def scatter(parts: Sequence[Part], outputs: Sequence[Array], *, batched: bool) -> None:
+    """Give every part its rows of the batch's outputs. Raises ValueError when the model lost or invented rows."""
+    total = sum(part.samples for part in parts)
+    if batched:
+        for array in outputs:
+            if array.shape[:1] != (total,):
+                raise ValueError(f"a batch of {total} samples came back with shape {array.shape}")
+    if len(parts) == 1:
+        parts[0].outputs = outputs
+        return
+    start = 0
+    for part in parts:
+        part.outputs = [array[start : start + part.samples] for array in outputs]
+        start += part.samples

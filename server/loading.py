@@ -1,0 +1,317 @@
+"""A model's folder becomes a `ServedModel`: verified, loaded, profiled on this host, its variants judged.
+
+Rules: nothing of the repository is executed as code; every file of a built variant is checked against the manifest
+before a runtime sees it; a `.pt2` can execute code and is loaded only on the operator's word. A variant that cannot run
+here is listed with the reason and harms no other; only a reference that cannot run makes the model fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from server.eligibility import by_speed, by_verdict
+from server.models import ServedModel
+from server.scheduling.admission import Defaults
+from server.scheduling.model_queue import ModelQueue
+from server.scheduling.slo import OnInfeasible
+from server.wire.inference import Signature
+from variants.data import match_inputs, read_arrays, targets_of
+from variants.evaluate import judge
+from variants.hardware import Hardware
+from variants.measure import Example, ProfileCache, ProfileKey, measure_profiles, profile_batch_sizes, synthetic_inputs
+from variants.model_config import GateConfig, ModelConfig, RepositoryError
+from variants.repository import ModelFolder, VersionFolder, file_sha256
+from variants.runtimes import runtime_version
+from variants.runtimes.runtime import Runtime, RuntimeUnavailable, Session
+from variants.variant import (
+    REFERENCE,
+    Card,
+    Evidence,
+    Gate,
+    Interval,
+    LatencyProfile,
+    State,
+    TensorSpec,
+    Variant,
+    Verdict,
+)
+
+log = logging.getLogger(__name__)
+
+ONNXRUNTIME = "onnxruntime"
+_PROFILE_BUDGET_S = 12.0
+_INVARIANT = 1e-3
+"""The largest difference between an answer alone and in a batch that still counts as none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What models are loaded onto, and on which terms."""
+
+    hardware: Hardware
+    device: str
+    threads: int
+    runtimes: Mapping[str, Runtime]
+    profiles: ProfileCache
+    default_latency_ns: int
+    allow_unverified: bool
+    trust_torch_archives: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run one variant here: an artefact on a runtime, loaded."""
+
+    variant: str
+    runtime: str
+    precision: str
+    sha256: str
+    session: Session
+    evidence: Evidence | None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells candidates of one model apart."""
+        return self.variant, self.runtime
+
+
+def load_model(folder: ModelFolder, host: Host) -> ServedModel:
+    """Load the version that serves. Raises RepositoryError with a reason when the model cannot be served."""
+    start_ns = time.monotonic_ns()
+    config = folder.config  # read first: a mistake in it is told rather than what follows from it
+    version = folder.serving()
+    cards = version.cards() if version.is_built else {REFERENCE: _bare_card()}
+    candidates: list[Candidate] = []
+    set_aside: dict[str, Variant] = {}
+    for name, card in cards.items():
+        found, why_not = _candidates(version, card, host)
+        candidates += found
+        if not found:
+            set_aside[name] = _without_runtime(name, card, host, why_not)
+    if REFERENCE in set_aside:
+        raise RepositoryError(f"{folder.name}: the reference {REFERENCE} cannot run: {set_aside[REFERENCE].reason}")
+    signature = _signature(config, candidates)
+    profiles = _profiles(folder.name, version, signature, candidates, host)
+    fastest = _fastest(candidates, profiles)
+    variants = [
+        _variant(chosen, cards[name], profiles[chosen.key], signature, host) for name, chosen in fastest.items()
+    ]
+    order = {name: place for place, name in enumerate(cards)}
+    variants = by_speed(sorted((*variants, *set_aside.values()), key=lambda v: (v.name != REFERENCE, order[v.name])))
+    queue = ModelQueue((folder.name, str(version.number)), variants, int(config.batching.max_queue_delay_ms * 1e6))
+    return ServedModel(
+        name=folder.name,
+        version=str(version.number),
+        signature=signature,
+        variants=tuple(variants),
+        cards=cards,
+        sessions={name: candidate.session for name, candidate in fastest.items()},
+        queue=queue,
+        defaults=_defaults(config, host),
+        load_ns=time.monotonic_ns() - start_ns,
+    )
+
+
+def _bare_card() -> Card:
+    """The card of a source that nobody has built: it serves as its own reference and nothing is proven about it."""
+    gate = Gate(Verdict.UNVERIFIED, "served from the source as it is; nothing was evaluated")
+    return Card(
+        variant=REFERENCE, recipe=REFERENCE, parameters={}, artefact=None, sha256=None, parent=None, requirements={},
+        size_bytes=0, compressed_bytes=0, weights=0, flops=0, runtimes={}, gate=gate,
+    )  # fmt: skip
+
+
+def _candidates(version: VersionFolder, card: Card, host: Host) -> tuple[list[Candidate], str]:
+    """Every way to run a variant here, and why the others fell away."""
+    if card.variant == REFERENCE and not version.is_built:
+        source = version.onnx_source
+        if source is None:
+            raise RepositoryError(f"{version.path}: the ONNX source is not there")
+        artefacts, reasons = {source: file_sha256(source)}, list[str]()
+    else:
+        artefacts, reasons = _intact(version, card)
+    candidates = []
+    for path, sha256 in artefacts.items():
+        for runtime in host.runtimes.values():
+            try:
+                candidates.append(_candidate(card, path, sha256, runtime, host, version.model.config.gate))
+            except RuntimeUnavailable as error:
+                reasons.append(str(error))
+    return candidates, "; ".join(dict.fromkeys(reasons)) or card.gate.reason
+
+
+def _intact(version: VersionFolder, card: Card) -> tuple[dict[Path, str], list[str]]:
+    """The artefacts that are what the manifest says, with their sha256, and why the others are not touched."""
+    intact, reasons = {}, []
+    for file, sha256 in card.artefacts.items():
+        try:
+            intact[version.artefact(card.variant, file)] = sha256
+        except RepositoryError as error:
+            reasons.append(str(error))
+    return intact, reasons
+
+
+def _candidate(card: Card, path: Path, sha256: str, runtime: Runtime, host: Host, gate: GateConfig) -> Candidate:
+    name = runtime.name
+    precision = _precision(card)
+    reason = runtime.why_not(path, precision, host.hardware)
+    if reason is None and path.suffix == ".pt2" and not host.trust_torch_archives:
+        reason = "a .pt2 archive can execute code and is loaded only with --trust-torch-archives"
+    evidence = card.runtimes.get(name)
+    judged = card.variant != REFERENCE and card.gate.verdict is not Verdict.UNVERIFIED
+    if reason is None and evidence is None and (judged or name != ONNXRUNTIME):
+        reason = f"nothing is proven about it on {name}; run `gearshift build` on a host like this one"
+    if reason is None and evidence is not None and not _proven(card, name, evidence, gate):
+        reason = f"it does not pass the gate on {name}"
+    if reason is not None:
+        raise RuntimeUnavailable(reason)
+    session = runtime.load(path, precision=precision, threads=host.threads, device=_device(name, host))
+    return Candidate(card.variant, name, precision, sha256, session, evidence)
+
+
+def _proven(card: Card, runtime: str, evidence: Evidence, gate: GateConfig) -> bool:
+    """Whether a variant that passed its gate somewhere passes it on this runtime; the reference's home is the truth."""
+    if card.gate.verdict is not Verdict.PASSED or (card.variant == REFERENCE and runtime == ONNXRUNTIME):
+        return True
+    return judge(evidence.accuracy_drop, evidence.agreement, evidence.samples, gate) is Verdict.PASSED
+
+
+def _precision(card: Card) -> str:
+    if "precision" in card.requirements:
+        return str(card.requirements["precision"])
+    return "int8" if "int8" in card.recipe else "fp32"
+
+
+def _device(runtime: str, host: Host) -> str:
+    """OpenVINO runs on the CPU whatever device the operator asked for."""
+    return "cpu" if runtime == "openvino" else host.device
+
+
+def _without_runtime(name: str, card: Card, host: Host, why_not: str) -> Variant:
+    state, reason = by_verdict(name, card.gate, allow_unverified=host.allow_unverified)
+    if card.artefacts or name == REFERENCE:
+        state, reason = State.UNSUPPORTED, why_not
+    return Variant(
+        name, state, reason, _precision(card), runtime="", device="", score=None, drop=None, size_bytes=card.size_bytes
+    )
+
+
+def _signature(config: ModelConfig, candidates: list[Candidate]) -> Signature:
+    """The reference's inputs and outputs; a batch dimension where the configuration wants one and the model has it."""
+    reference = next(c for c in candidates if c.variant == REFERENCE)
+    session = reference.session
+    most = config.batching.max_batch_size if session.batch_axis else 0
+    if not most:
+        return Signature(session.inputs, session.outputs, 0)
+    return Signature(_batched(session.inputs), _batched(session.outputs), most)
+
+
+def _batched(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    return tuple(replace(spec, shape=(-1, *spec.shape[1:])) for spec in specs)
+
+
+def _profiles(
+    name: str, version: VersionFolder, signature: Signature, candidates: list[Candidate], host: Host
+) -> dict[tuple[str, str], LatencyProfile]:
+    """Every candidate's latency profile, remembered from an earlier start or measured now, in turns."""
+    sizes = profile_batch_sizes(signature.max_batch_size) if signature.max_batch_size else (1,)
+    keys = {candidate.key: _profile_key(candidate, sizes, host) for candidate in candidates}
+    profiles = {key: found for key, profile_key in keys.items() if (found := host.profiles.get(profile_key))}
+    missing = {c.key: c.session for c in candidates if c.key not in profiles}
+    if missing:
+        label = ", ".join(f"{variant} on {runtime}" for variant, runtime in missing)
+        log.info("model %s: measuring %s at batch sizes %s", name, label, ", ".join(map(str, sizes)))
+        example = _example(version, signature)
+        try:
+            measured = measure_profiles(missing, example, sizes, budget_s=_PROFILE_BUDGET_S)
+        except Exception as error:  # every runtime raises its own; the model may need inputs that only data can show
+            raise RepositoryError(f"{name} fails on the inputs it is measured with: {error}") from error
+        for key, profile in measured.items():
+            host.profiles.put(keys[key], profile)
+        profiles |= measured
+    return profiles
+
+
+def _profile_key(candidate: Candidate, sizes: tuple[int, ...], host: Host) -> ProfileKey:
+    return ProfileKey(
+        artefact_sha256=candidate.sha256,
+        runtime=candidate.runtime,
+        runtime_version=runtime_version(candidate.runtime),
+        precision=candidate.precision,
+        threads=host.threads,
+        device=_device(candidate.runtime, host),
+        host=host.hardware.fingerprint,
+        batch_sizes=sizes,
+    )
+
+
+def _example(version: VersionFolder, signature: Signature) -> Example:
+    """One real sample where there is evaluation data that fits, else a synthetic one."""
+    batched = signature.max_batch_size > 0
+    config = version.model.config.evaluation
+    inputs = synthetic_inputs(signature.inputs, 1, batch_axis=batched)
+    if config is not None:
+        specs = [replace(spec, shape=spec.shape[1:]) for spec in signature.inputs] if batched else signature.inputs
+        try:
+            path = version.resolve(config.data)
+            found = match_inputs(
+                path, read_arrays(path), specs, target=config.target, other_targets=targets_of(version)
+            ).inputs
+            inputs = {
+                name: array[:1] if batched else array[:1].reshape(array.shape[1:]) for name, array in found.items()
+            }
+        except RepositoryError as error:
+            log.warning("model %s: profiling with synthetic inputs: %s", version.model.name, error)
+    return inputs if batched else lambda _: inputs
+
+
+def _fastest(candidates: list[Candidate], profiles: Mapping[tuple[str, str], LatencyProfile]) -> dict[str, Candidate]:
+    """For each variant the candidate with the least time per sample over all batch sizes."""
+    fastest: dict[str, Candidate] = {}
+    for candidate in candidates:
+        other = fastest.get(candidate.variant)
+        if other is None or _time_per_sample(profiles[candidate.key]) < _time_per_sample(profiles[other.key]):
+            fastest[candidate.variant] = candidate
+    return fastest
+
+
+def _time_per_sample(profile: LatencyProfile) -> float:
+    return sum(ns / size for size, ns in zip(profile.batch_sizes, profile.latencies_ns, strict=True))
+
+
+def _variant(chosen: Candidate, card: Card, profile: LatencyProfile, signature: Signature, host: Host) -> Variant:
+    state, reason = by_verdict(card.variant, card.gate, allow_unverified=host.allow_unverified)
+    evidence = chosen.evidence
+    return Variant(
+        name=card.variant,
+        state=state,
+        reason=reason,
+        precision=chosen.precision,
+        runtime=chosen.runtime,
+        device=_device(chosen.runtime, host),
+        score=evidence.score if evidence else None,
+        drop=_drop(card, evidence),
+        profile=profile,
+        batchable=signature.max_batch_size > 0 and (evidence is None or evidence.batch_invariance <= _INVARIANT),
+        size_bytes=card.size_bytes,
+    )
+
+
+def _drop(card: Card, evidence: Evidence | None) -> Interval | None:
+    if evidence is None:
+        return None
+    return Interval(0.0, 0.0, 0.0) if card.variant == REFERENCE else evidence.accuracy_drop
+
+
+def _defaults(config: ModelConfig, host: Host) -> Defaults:
+    latency_ms = config.slo.latency_ms
+    on_infeasible = config.slo.on_infeasible
+    return Defaults(
+        latency_ns=host.default_latency_ns if latency_ms is None else int(latency_ms * 1e6),
+        max_accuracy_drop=config.slo.max_accuracy_drop,
+        on_infeasible=tuple(map(OnInfeasible, on_infeasible)) if on_infeasible is not None else None,
+    )
