@@ -16,8 +16,8 @@ import grpc.aio
 import numpy as np
 
 from protos import open_inference_pb2 as pb
+from server.wire.inference import MODEL_INFER
 
-MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from benchmarks.load import MODEL_INFER, request
+from benchmarks.load import request
 from benchmarks.models import write_mlp
-from server.events import BatchRan, RequestEnded
+from server.endings import answer_record, batch_record
 from server.inference import Inference, gather, scatter
 from server.loading import Host, load_model
 from server.metrics import Metrics
@@ -30,7 +30,7 @@ from server.scheduling.slo import Outcome
 from server.statistics import Statistics
 from server.status import Recent
 from server.transport.transport import Call
-from server.wire.inference import parse_infer, read_request
+from server.wire.inference import MODEL_INFER, parse_infer, read_request
 from variants.hardware import detect_hardware
 from variants.measure import ProfileCache
 from variants.repository import ModelFolder
@@ -105,8 +105,8 @@ def main() -> None:
             scheduler.finished(run, now + 20_000, 20_000)
         with steps("7 encode the answer"):
             inference.answer(Outcome.OK)
-        ended = RequestEnded("mlp", "1", "fp32", Outcome.OK, "best", 1, True, 10**6, 10**5, 10**5, None)
-        ran = BatchRan("mlp", "1", "fp32", 0, 1, 1, "best", 10**5, 10**5, False)
+        ended = answer_record(inference, Outcome.OK, now + 10**6)
+        ran = batch_record(run, 10**5, failed=False)
         with steps("8 metrics, statistics, status page"):
             for listener in (metrics, statistics, recent):
                 listener(ended)

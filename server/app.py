@@ -22,7 +22,8 @@ from prometheus_client import CollectorRegistry
 
 from server import logs
 from server.administration import Actions, Administration
-from server.engine import Engine, error_reply
+from server.endings import error_reply
+from server.engine import Engine
 from server.loading import Host, load_model
 from server.metrics import Metrics, ModelLoad
 from server.models import Models, NotServed, ServedModel
@@ -32,6 +33,7 @@ from server.services import METHODS, ServerServices
 from server.settings import Settings
 from server.statistics import Statistics
 from server.status import ModelStatus, Recent, ServerStatus
+from server.trace import TraceRecorder
 from server.transport.grpcio_transport import GrpcioTransport, Limits, Tls
 from server.web import Site, WebServer, tls_context
 from variants.hardware import Hardware, detect_hardware
@@ -64,7 +66,8 @@ class Server:
         self.statistics = Statistics()
         self.recent = Recent(clock_ns=time.monotonic_ns)
         self.registry = CollectorRegistry()
-        self.metrics = Metrics(self.registry, [int(settings.default_latency_ms * 1e6)], _REASONS)
+        self.metrics = Metrics(self.registry, self._slo_thresholds_ns(), _REASONS)
+        self.trace = _trace(settings)
         self.host = _host(settings, self.hardware, self.executors, self.threads)
         self.scheduler = Scheduler(
             self.executors, max_requests=settings.max_queue_requests, max_bytes=settings.max_queue_bytes
@@ -91,12 +94,20 @@ class Server:
             models=self.models,
             transport=self.transport,
             services=self.services,
-            listeners=(self.metrics, self.statistics, self.recent),
+            listeners=[self.metrics, self.statistics, self.recent, *([self.trace] if self.trace else [])],
             executors=self.executors,
             authorise=authorizer.check if authorizer else None,
         )
         site = Site(self.registry, self.status, self.recent, authorizer)
         self.web = WebServer((settings.host, settings.http_port), site, _web_tls(settings))
+
+    def _slo_thresholds_ns(self) -> list[int]:
+        """The latencies that requests are judged by if they name none: edges of the latency histogram."""
+        latencies_ms = {self.settings.default_latency_ms}
+        for folder in self._folders():
+            with suppress(RepositoryError):  # reported when the model is loaded
+                latencies_ms.add(folder.config.slo.latency_ms or self.settings.default_latency_ms)
+        return [int(latency_ms * 1e6) for latency_ms in sorted(latencies_ms)]
 
     def load_models(self) -> None:
         """Load every model of the repository. Raises StartError with --strict when one cannot load."""
@@ -191,6 +202,8 @@ class Server:
         self.transport.stop(grace_ns=int(grace_s * 1e9))
         self.engine.stop(grace_s)
         self.web.stop()
+        if self.trace:
+            self.trace.close()
         return drained
 
     def loads(self) -> Mapping[str, ModelLoad]:
@@ -300,6 +313,15 @@ def _cache_folder() -> Path | None:
         base = os.environ.get("XDG_CACHE_HOME")
         return (Path(base) if base else Path.home() / ".cache") / "gearshift" / "profiles"
     return None
+
+
+def _trace(settings: Settings) -> TraceRecorder | None:
+    if settings.record_trace is None:
+        return None
+    try:
+        return TraceRecorder(settings.record_trace, time.monotonic_ns)
+    except OSError as error:
+        raise StartError(f"--record-trace {settings.record_trace}: {error.strerror}") from None
 
 
 def _tls(settings: Settings) -> Tls | None:

@@ -17,51 +17,40 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Protocol, TypeVar
 
-from server.errors import (
-    Cancelled,
-    InvalidRequest,
-    NotFound,
-    PermissionDenied,
-    RuntimeFailed,
-    ServingError,
-    Unauthenticated,
-    Unavailable,
+from server.endings import (
+    answer_record,
+    batch_record,
+    end_record,
+    error_reply,
+    incident,
+    reason_for,
+    refusal_outcome,
 )
-from server.events import BatchRan, Decided, Event, Listener, RequestEnded
+from server.errors import Cancelled, ServingError, Unavailable
+from server.events import Decided, Event, Listener
 from server.inference import Inference, Part, gather, scatter
 from server.models import Models, ServedModel
 from server.scheduling.admission import make_request
 from server.scheduling.scheduler import End, Run, Scheduler
 from server.scheduling.slo import Outcome, Request
-from server.transport.transport import Call, Reply, Status, Taken, Transport
-from server.wire.inference import encode_stream_error, encode_stream_response, parse_infer, read_request
-from server.wire.status_codes import to_status
+from server.transport.transport import Call, Reply, Taken, Transport
+from server.wire.inference import (
+    MODEL_INFER,
+    MODEL_STREAM_INFER,
+    encode_stream_response,
+    parse_infer,
+    read_request,
+)
 
 log = logging.getLogger(__name__)
 
 Seen = TypeVar("Seen")
 
-MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
-MODEL_STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
-
-_REFUSED_BEFORE_QUEUE = {
-    InvalidRequest: Outcome.INVALID,
-    NotFound: Outcome.INVALID,
-    Cancelled: Outcome.CANCELLED,
-    RuntimeFailed: Outcome.FAILED,
-    Unauthenticated: Outcome.INVALID,
-    PermissionDenied: Outcome.INVALID,
-    Unavailable: Outcome.REJECTED,
-}
 _PAUSE_AFTER_BUG_S = 0.1
-_NO_FACTS: Mapping[str, str] = {}
-_UNJUDGED = frozenset({Outcome.INVALID, Outcome.CANCELLED, Outcome.INFEASIBLE})
-
 
 Authorise = Callable[[str, Iterable[tuple[str, str | bytes]]], None]
 """Takes a method and its metadata; raises Unauthenticated or PermissionDenied."""
@@ -258,7 +247,7 @@ class Engine:
         except ServingError as error:
             replies = [error_reply(call, error)]
         except Exception:
-            replies = [error_reply(call, _incident(f"answering {call.method}"))]
+            replies = [error_reply(call, incident(f"answering {call.method}"))]
         self._transport.reply(replies)
 
     def _check_credentials(self, call: Call) -> None:
@@ -273,16 +262,16 @@ class Engine:
             message = parse_infer(call.message)
             call.message = b""  # decoded: while the request waits, its bytes need not be held twice
             name, version, request_id = message.model_name, message.model_version, message.id
-            if self._draining:
-                raise Unavailable("the server is draining")
             model = self._models.find(name, version)
             version = model.version
+            if self._draining:
+                raise Unavailable("the server is draining")
             request = read_request(message, model.signature)
             self._queue(Inference(call, request, model))
         except ServingError as error:
             self._refuse(call, name, version, request_id, error)
         except Exception:
-            self._refuse(call, name, version, request_id, _incident(f"admitting a request for {name!r}"))
+            self._refuse(call, name, version, request_id, incident(f"admitting a request for {name!r}"))
 
     def _queue(self, inference: Inference) -> None:
         call = inference.call
@@ -329,7 +318,7 @@ class Engine:
             return
         end_ns = self._clock()
         for request, part in zip(run.requests, parts, strict=True):
-            part.place, part.reason, part.batch_size = run.place, _reason(request, run), run.samples
+            part.place, part.reason, part.batch_size = run.place, reason_for(request, run), run.samples
             part.queue_ns, part.compute_ns = start_ns - request.arrival_ns, end_ns - start_ns
             part.floor_met = bool(request.asked >> run.place & 1)
         with self._lock:
@@ -337,16 +326,16 @@ class Engine:
             self._settled.notify_all()
             answered = [part.inference for part in parts if part.inference.part_answered()]
         self._reply(answered)
-        self._tell(_batch_record(run, end_ns - start_ns, failed=False))
+        self._tell(batch_record(run, end_ns - start_ns, failed=False))
 
     def _failed(self, run: Run, start_ns: int) -> None:
-        error = _incident(f"running {run.samples} samples of {run.model[0]} on {run.variant}")
+        error = incident(f"running {run.samples} samples of {run.model[0]} on {run.variant}")
         end_ns = self._clock()
         with self._lock:
             ended = self._scheduler.failed(run, end_ns, error.incident)
             self._settled.notify_all()
         self._end_all(ended)
-        self._tell(_batch_record(run, end_ns - start_ns, failed=True))
+        self._tell(batch_record(run, end_ns - start_ns, failed=True))
 
     def _reply(self, answered: Sequence[Inference]) -> None:
         """Encode and send the answers of one batch together."""
@@ -359,7 +348,7 @@ class Engine:
                 message = encode_stream_response(message)
             if self._close(inference):
                 replies.append(Reply(inference.call, message))
-                records.append(_answer_record(inference, outcome, now_ns))
+                records.append(answer_record(inference, outcome, now_ns))
         if replies:
             self._transport.reply(replies)
         for record in records:
@@ -385,11 +374,10 @@ class Engine:
     def _end(self, inference: Inference, outcome: Outcome, error: ServingError) -> None:
         if not self._close(inference):
             return
-        call, now_ns = inference.call, self._clock()
+        call, request, now_ns = inference.call, inference.request, self._clock()
         facts = {"reason": str(outcome), "slo_met": "false", "queue_us": str((now_ns - call.arrival_ns) // 1000)}
-        self._transport.reply([error_reply(call, error, inference.request.id, facts)])
-        model = inference.model
-        self._tell(_end_record(model.name, model.version, outcome, inference.request.samples, now_ns - call.arrival_ns))
+        self._transport.reply([error_reply(call, error, request.id, facts)])
+        self._tell(end_record(call, inference.model.key, outcome, now_ns, samples=request.samples, slo=request.slo))
 
     def _cancel(self, call: Call) -> None:
         inference = self._inferences.get(call)
@@ -401,77 +389,11 @@ class Engine:
         self._end(inference, outcome, Cancelled("the client went away"))
 
     def _refuse(self, call: Call, name: str, version: str, request_id: str, error: ServingError) -> None:
-        outcome = _REFUSED_BEFORE_QUEUE.get(type(error), Outcome.INFEASIBLE)
+        outcome = refusal_outcome(error)
         self._inferences.pop(call, None)
         self._transport.reply([error_reply(call, error, request_id, {"reason": str(outcome)})])
-        self._tell(_end_record(name, version, outcome, 0, self._clock() - call.arrival_ns))
+        self._tell(end_record(call, (name, version), outcome, self._clock()))
 
     def _tell(self, event: Event) -> None:
         for listener in self._listeners:
             listener(event)
-
-
-def _reason(request: Request, run: Run) -> str:
-    """Why this request got this variant: its own circumstances speak louder than the batch's."""
-    if request.late:
-        return "late"
-    if not request.asked >> run.place & 1:
-        return "degraded"
-    return "pinned" if request.pinned else run.reason
-
-
-def _incident(doing: str) -> RuntimeFailed:
-    """Log the exception being handled under a new id; only the id is for the client."""
-    incident = uuid.uuid4().hex[:12]
-    log.exception("incident %s while %s", incident, doing)
-    return RuntimeFailed(incident)
-
-
-def error_reply(call: Call, error: ServingError, request_id: str = "", facts: Mapping[str, str] = _NO_FACTS) -> Reply:
-    """An error as its rpc wants it: a status, or a message in a stream that stays open for those who may have one."""
-    as_status = ("triton_grpc_error", "true") in call.metadata or isinstance(error, Unauthenticated | PermissionDenied)
-    if call.method == MODEL_STREAM_INFER and not as_status:
-        return Reply(call, encode_stream_error(str(error), request_id))
-    status = to_status(error)
-    trailing = tuple((f"gearshift-{key}", value) for key, value in facts.items())
-    return Reply(call, status=Status(status.code, status.message, status.details), trailing=trailing)
-
-
-def _batch_record(run: Run, compute_ns: int, *, failed: bool) -> BatchRan:
-    name, version = run.model
-    requests = len(run.requests)
-    return BatchRan(
-        name,
-        version,
-        run.variant,
-        run.executor,
-        requests,
-        run.samples,
-        run.reason,
-        compute_ns,
-        run.predicted_ns,
-        failed,
-    )
-
-
-def _answer_record(inference: Inference, outcome: Outcome, now_ns: int) -> RequestEnded:
-    model, part = inference.model, inference.least_accurate()
-    variant = model.queue.variants[part.place]
-    return RequestEnded(
-        model=model.name,
-        version=model.version,
-        variant=variant.name,
-        outcome=outcome,
-        reason=part.reason,
-        samples=inference.request.samples,
-        slo_met=outcome is not Outcome.LATE,
-        total_ns=now_ns - inference.call.arrival_ns,
-        queue_ns=part.queue_ns,
-        compute_ns=part.compute_ns,
-        accuracy=variant.score.value if variant.score else None,
-    )
-
-
-def _end_record(model: str, version: str, outcome: Outcome, samples: int, total_ns: int) -> RequestEnded:
-    slo_met = None if outcome in _UNJUDGED else False
-    return RequestEnded(model, version, "none", outcome, str(outcome), samples, slo_met, total_ns, total_ns, 0, None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.scheduling.slo import Outcome
+from server.scheduling.slo import Outcome, Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,8 @@ class RequestEnded:
     """A request met its one outcome. `variant` is "none" where none was chosen.
 
     `slo_met` is None for a request that could not be judged (invalid, cancelled, infeasible). `accuracy` is the served
-    variant's measured score, None where none is known. `reason` is the routing decision's short code.
+    variant's measured score, None where none is known. `reason` is the routing decision's short code. `slo` is what the
+    request asked, None where that was never read; `arrival_ns` is an instant of the monotonic clock.
     """
 
     model: str
@@ -25,7 +26,9 @@ class RequestEnded:
     outcome: Outcome
     reason: str
     samples: int
+    slo: Slo | None
     slo_met: bool | None
+    arrival_ns: int
     total_ns: int
     queue_ns: int
     compute_ns: int

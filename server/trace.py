@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 
 from server.events import Event, RequestEnded
+from server.scheduling.slo import Slo
 
 log = logging.getLogger(__name__)
 
@@ -21,9 +23,8 @@ class TraceRecorder:
     """Appends to a file until `close`."""
 
     def __init__(self, path: Path, clock_ns: Callable[[], int]) -> None:
-        """Open the file for appending; `clock_ns` is monotonic. Raises OSError if it cannot be written."""
+        """Open the file for appending; `clock_ns` is the events' clock. Raises OSError if it cannot be written."""
         self._file = path.open("a", encoding="utf-8")
-        self._clock_ns = clock_ns
         self._start_ns = clock_ns()
         self._lock = Lock()
         self._ended = False
@@ -33,10 +34,11 @@ class TraceRecorder:
         if not isinstance(event, RequestEnded):
             return
         line = {
-            "arrival_ns": self._clock_ns() - event.total_ns - self._start_ns,
+            "arrival_ns": event.arrival_ns - self._start_ns,
             "model": event.model[:128],  # a client may have named anything
             "version": event.version[:32],
             "samples": event.samples,
+            "slo": _said(event.slo),
             "variant": event.variant,
             "outcome": event.outcome,
             "slo_met": event.slo_met,
@@ -59,3 +61,8 @@ class TraceRecorder:
                 self._file.close()
             except OSError as error:
                 log.error("the end of the trace is lost: %s", error)
+
+
+def _said(slo: Slo | None) -> dict[str, object]:
+    """What a request asked, without what it left open."""
+    return {} if slo is None else {key: value for key, value in asdict(slo).items() if value is not None}

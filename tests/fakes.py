@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from protos import open_inference_pb2 as pb
-from server.engine import MODEL_INFER, Engine
+from server.engine import Engine
 from server.events import Event, RequestEnded
 from server.models import Models, ServedModel
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.scheduler import Scheduler
 from server.transport.transport import Call, Reply, Taken
-from server.wire.inference import Signature
+from server.wire.inference import MODEL_INFER, Signature
 from variants.runtimes.runtime import Array
 from variants.variant import Interval, LatencyProfile, State, TensorSpec, Variant
 

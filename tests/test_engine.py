@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from fakes import WAIT_S, FakeSession, World, answer, infer_call, parameters_of, variant
 
 from server.events import BatchRan
 from server.transport.transport import Call
-from fakes import WAIT_S, FakeSession, World, answer, infer_call, parameters_of, variant
 from variants.runtimes.runtime import Array
 
 MS = 1_000_000

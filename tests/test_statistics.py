@@ -13,7 +13,7 @@ MS = 1_000_000
 
 def ended(outcome: Outcome, samples: int = 2, model: str = "m") -> RequestEnded:
     """A request's end: 10 ms in all, 3 of them waiting, 6 computing."""
-    return RequestEnded(model, "1", "fp32", outcome, "best", samples, True, 10 * MS, 3 * MS, 6 * MS, None)
+    return RequestEnded(model, "1", "fp32", outcome, "best", samples, None, True, 0, 10 * MS, 3 * MS, 6 * MS, None)
 
 
 def ran(samples: int, failed: bool = False) -> BatchRan:

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from server.events import BatchRan, Decided, RequestEnded
-from server.scheduling.slo import Outcome
+from server.scheduling.slo import Outcome, Slo
 from server.trace import TraceRecorder
 
-ENDED = RequestEnded("digits", "3", "fp32", Outcome.LATE, "late", 2, False, 7_000, 1_000, 5_000, 0.98)
+ASKED = Slo(latency_ns=5_000, hard=False)
+ENDED = RequestEnded("digits", "3", "fp32", Outcome.LATE, "late", 2, ASKED, False, 1_000_500, 7_000, 1_000, 5_000, 0.98)
 
 
 def test_a_request_is_one_line_and_other_events_are_none(tmp_path: Path) -> None:
-    """The arrival is the end less the time it took, counted from the recorder's start; a restart appends."""
+    """The arrival counts from the recorder's start, the SLO holds what was asked; a restart appends."""
     path = tmp_path / "trace.jsonl"
-    clock = iter([1_000_000, 1_050_000, 0, 9_000])
+    clock = iter([1_000_000, 1_000_100])
     for _ in range(2):
         recorder = TraceRecorder(path, lambda: next(clock))
         recorder(BatchRan("digits", "3", "fp32", 0, 1, 2, "late", 5_000, 5_000, False))
@@ -26,10 +27,11 @@ def test_a_request_is_one_line_and_other_events_are_none(tmp_path: Path) -> None
         recorder.close()
     first, second = [json.loads(line) for line in path.read_text().splitlines()]
     assert first == {
-        "arrival_ns": 43_000, "model": "digits", "version": "3", "samples": 2, "variant": "fp32",
+        "arrival_ns": 500, "model": "digits", "version": "3", "samples": 2, "variant": "fp32",
+        "slo": {"latency_ns": 5_000, "hard": False, "priority": 0},
         "outcome": "late", "slo_met": False, "total_ns": 7_000,
     }  # fmt: skip
-    assert second["arrival_ns"] == 2_000
+    assert second["arrival_ns"] == 400
 
 
 def test_a_failing_disk_ends_the_recording_only(caplog: pytest.LogCaptureFixture) -> None:

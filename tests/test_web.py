@@ -67,7 +67,9 @@ def server() -> Iterator[Server]:
 
 def answered(variant: str, milliseconds: int) -> RequestEnded:
     """An answer of the digits model."""
-    return RequestEnded("digits", "3", variant, Outcome.OK, "fit", 1, True, milliseconds * 1_000_000, 0, 0, None)
+    return RequestEnded(
+        "digits", "3", variant, Outcome.OK, "fit", 1, None, True, 0, milliseconds * 1_000_000, 0, 0, None
+    )
 
 
 def test_metrics_come_in_the_text_format_and_in_openmetrics(server: Server) -> None:

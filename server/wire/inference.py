@@ -25,6 +25,8 @@ from variants.variant import TensorSpec
 MAX_ID = 1024
 MAX_CLASSES = 2**31 - 1
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+MODEL_INFER = f"/{SERVICE}/ModelInfer"
+MODEL_STREAM_INFER = f"/{SERVICE}/ModelStreamInfer"
 METHODS: Mapping[str, str] = {
     f"/{SERVICE}/{method.name}": "bidi" if method.client_streaming else "unary"
     for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
