@@ -86,10 +86,12 @@ ifneq ($(HAS_GPU),)
 endif
 	@touch $@
 
-$(REPOSITORY)/.trained: $(EXAMPLE)/train.py $(EXAMPLE)/model.py $(EXAMPLE)/model.yaml | $(VENV)/.installed
+$(REPOSITORY)/.trained: $(EXAMPLE)/train.py $(EXAMPLE)/model.py | $(VENV)/.installed
 	$(BIN)/python $(EXAMPLE)/train.py --out $(REPOSITORY)
 	@touch $@
 
-$(REPOSITORY)/.built: $(REPOSITORY)/.trained
+# `build` itself finds out what changed, recipes included; this only asks it again after an install
+$(REPOSITORY)/.built: $(REPOSITORY)/.trained $(EXAMPLE)/model.yaml $(VENV)/.installed
+	cp $(EXAMPLE)/model.yaml $(REPOSITORY)/digits/model.yaml
 	$(BIN)/gearshift build $(REPOSITORY)
 	@touch $@

@@ -88,11 +88,12 @@ def report(answers: Sequence[Answer], seconds: float, latency_ms: float) -> None
         phase: {
             "requests": len(some),
             "met": round(met(some, latency_ms), 4),
-            "p50_ms": round(percentile_ms(some, 50), 2),
-            "p99_ms": round(percentile_ms(some, 99), 2),
+            "p50_ms of answers": round(percentile_ms(answered, 50), 2),
+            "p99_ms of answers": round(percentile_ms(answered, 99), 2),
             "variants": dict(Counter(str(a.parameters.get("variant", a.code)) for a in some)),
         }
         for phase, some in phases.items()
+        if (answered := [answer for answer in some if answer.code == "OK"])
     }
     summary["first fp32 after the burst, s"] = {"value": round(min(back, default=float("nan")), 3)}
     print(json.dumps(summary, indent=2))

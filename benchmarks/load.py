@@ -66,7 +66,10 @@ async def open_loop(url: str, due_s: Sequence[float], messages: Sequence[bytes])
 
 
 async def closed_loop(url: str, messages: Sequence[bytes], clients: int, seconds: float) -> list[Answer]:
-    """So many clients, each sending its next request when it has the answer to the last."""
+    """So many clients, each sending its next request when it has the answer to the last; for so many seconds.
+
+    Only what was answered within these seconds is returned, so that a rate is answers over time.
+    """
     answers: list[Answer] = []
     async with grpc.aio.insecure_channel(url, OPTIONS) as channel:
         await channel.channel_ready()
@@ -77,7 +80,9 @@ async def closed_loop(url: str, messages: Sequence[bytes], clients: int, seconds
             index = number
             while (now := time.perf_counter() - start) < seconds:
                 code, parameters = await _send(call, messages[index % len(messages)])
-                answers.append(Answer(now, time.perf_counter() - start - now, code, parameters))
+                ended = time.perf_counter() - start
+                if ended <= seconds:
+                    answers.append(Answer(now, ended - now, code, parameters))
                 index += clients
 
         await asyncio.gather(*(client(number) for number in range(clients)))

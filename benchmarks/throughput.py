@@ -58,7 +58,8 @@ def compute_bound(server: Serving, model: Path, options: argparse.Namespace) -> 
     shares, served, looped, batches = [], [], [], []
     for _ in range(options.rounds):
         answers = asyncio.run(closed_loop(server.grpc, messages, options.clients, options.seconds))
-        batch = statistics.mean(float(str(a.parameters["batch_size"])) for a in answers if a.code == "OK")
+        answers = [answer for answer in answers if answer.code == "OK"]
+        batch = statistics.mean(float(str(answer.parameters["batch_size"])) for answer in answers)
         served.append(len(answers) / options.seconds)
         batches.append(batch)
         arguments = [str(model), str(round(batch)), str(options.seconds)]

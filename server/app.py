@@ -73,10 +73,10 @@ class Server:
             self.executors, max_requests=settings.max_queue_requests, max_bytes=settings.max_queue_bytes
         )
         authorizer = Authorizer.from_file(settings.auth_tokens) if settings.auth_tokens else None
-        tls = _tls(settings)
+        tls, host = _tls(settings), settings.host.strip("[]")
         self.transport = GrpcioTransport(
             METHODS,
-            f"{settings.host}:{settings.grpc_port}",
+            f"[{host}]:{settings.grpc_port}" if ":" in host else f"{host}:{settings.grpc_port}",
             limits=Limits(max_message_bytes=settings.max_message_bytes),
             tls=tls,
         )
@@ -133,9 +133,12 @@ class Server:
             reason = f"internal error: {type(error).__name__}"
         else:
             before = next((served for served in self.models.served() if served.name == name), None)
-            if before is not None:
-                self.remove(before, "another version is taking over")
+            if before is not None and before.key == model.key:
+                self.remove(before, "being loaded again")  # the scheduler cannot hold the same version twice
+                before = None
             self.add(model)
+            if before is not None:
+                self.forget(before)
             return None
         if all(served.name != name for served in self.models.served()):
             self.models.drop(NotServed(name, "", "UNAVAILABLE", reason))
@@ -177,6 +180,10 @@ class Server:
         """Stop serving a model: new requests are refused, admitted ones answered first."""
         self.models.drop(NotServed(model.name, model.version, "UNAVAILABLE", reason))
         self.services.changed()
+        self.forget(model)
+
+    def forget(self, model: ServedModel) -> None:
+        """Let go of a model that the registry no longer names, once what it has admitted is answered."""
         self.engine.remove_model(model)
         self.metrics.remove_model(model.name, model.version)
 
@@ -277,8 +284,7 @@ def _on_signal(act: Callable[[], object]) -> None:
 def share_cores(settings: Settings, hardware: Hardware) -> tuple[int, int]:
     """Executors and threads for each, such that together they never exceed the cores that are ours.
 
-    On a CPU one executor per core, with one thread each, beats fewer wider ones in throughput; on a GPU one executor
-    keeps the device to itself.
+    On a CPU there is one executor per core with one thread each, on a GPU one executor that keeps the device to itself.
     """
     threads = settings.threads or hardware.cores
     automatic = 1 if _device(settings, hardware) != "cpu" else threads

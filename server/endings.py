@@ -22,7 +22,7 @@ from server.errors import (
 from server.events import BatchRan, RequestEnded
 from server.inference import Inference
 from server.scheduling.scheduler import Run
-from server.scheduling.slo import Outcome, Request, Slo
+from server.scheduling.slo import Outcome, Request
 from server.transport.transport import Call, Reply, Status
 from server.wire.inference import MODEL_STREAM_INFER, encode_stream_error
 from server.wire.status_codes import to_status
@@ -100,19 +100,21 @@ def answer_record(inference: Inference, outcome: Outcome, now_ns: int) -> Reques
         reason=part.reason,
         samples=inference.request.samples,
         slo=inference.request.slo,
+        budget_ns=inference.deadline_ns - inference.call.arrival_ns,
         slo_met=outcome is not Outcome.LATE,
         arrival_ns=inference.call.arrival_ns,
         total_ns=now_ns - inference.call.arrival_ns,
         queue_ns=part.queue_ns,
         compute_ns=part.compute_ns,
         accuracy=variant.score.value if variant.score else None,
+        request_id=inference.request.id,
     )
 
 
 def end_record(
-    call: Call, model: tuple[str, str], outcome: Outcome, now_ns: int, *, samples: int = 0, slo: Slo | None = None
+    call: Call, model: tuple[str, str], outcome: Outcome, now_ns: int, inference: Inference | None = None
 ) -> RequestEnded:
-    """A request ended without an answer."""
+    """A request ended without an answer; one that got as far as an inference is known better."""
     total_ns = now_ns - call.arrival_ns
     return RequestEnded(
         model=model[0],
@@ -120,12 +122,14 @@ def end_record(
         variant="none",
         outcome=outcome,
         reason=str(outcome),
-        samples=samples,
-        slo=slo,
+        samples=inference.request.samples if inference else 0,
+        slo=inference.request.slo if inference else None,
+        budget_ns=inference.deadline_ns - call.arrival_ns if inference else None,
         slo_met=None if outcome in _UNJUDGED else False,
         arrival_ns=call.arrival_ns,
         total_ns=total_ns,
         queue_ns=total_ns,
         compute_ns=0,
         accuracy=None,
+        request_id=inference.request.id if inference else "",
     )

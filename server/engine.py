@@ -279,12 +279,14 @@ class Engine:
             self._refuse(call, name, version, request_id, incident(f"admitting a request for {name!r}"))
 
     def _queue(self, inference: Inference) -> None:
-        call = inference.call
+        call, key = inference.call, inference.model.key
         ended: list[End] = []
+        inference.requests = [self._request(inference, part) for part in inference.parts()]
+        inference.open_parts = len(inference.requests)
+        inference.deadline_ns = inference.requests[0].deadline_ns
         with self._lock:
-            inference.requests = [self._request(inference, part) for part in inference.parts()]
-            inference.open_parts = len(inference.requests)
-            inference.deadline_ns = inference.requests[0].deadline_ns
+            if self._by_key.get(key) is not inference.model:  # the ranking its floor class refers to has gone
+                raise Unavailable(f"model {key[0]} is being replaced")
             self._inferences[call] = inference
             for request in inference.requests:
                 ended += self._scheduler.arrived(request, self._clock())
@@ -339,6 +341,7 @@ class Engine:
         with self._lock:
             ended = self._scheduler.failed(run, end_ns, error.incident)
             self._settled.notify_all()
+        self._transport.wake()  # whoever leads must see the requests that wait again
         self._end_all(ended)
         self._tell(batch_record(run, end_ns - start_ns, failed=True))
 
@@ -348,9 +351,11 @@ class Engine:
         now_ns = self._clock()
         for inference in answered:
             outcome = inference.outcome(now_ns)
-            message = inference.answer(outcome)
-            if inference.call.stream is not None:
-                message = encode_stream_response(message)
+            try:
+                message = _encoded(inference, outcome)
+            except Exception:  # this one cannot be encoded; its batch-mates can
+                self._end(inference, Outcome.FAILED, incident(f"encoding an answer of {inference.model.name}"))
+                continue
             if self._close(inference):
                 replies.append(Reply(inference.call, message))
                 records.append(answer_record(inference, outcome, now_ns))
@@ -382,7 +387,7 @@ class Engine:
         call, request, now_ns = inference.call, inference.request, self._clock()
         facts = {"reason": str(outcome), "slo_met": "false", "queue_us": str((now_ns - call.arrival_ns) // 1000)}
         self._transport.reply([error_reply(call, error, request.id, facts)])
-        self._tell(end_record(call, inference.model.key, outcome, now_ns, samples=request.samples, slo=request.slo))
+        self._tell(end_record(call, inference.model.key, outcome, now_ns, inference))
 
     def _cancel(self, call: Call) -> None:
         inference = self._inferences.get(call)
@@ -395,13 +400,21 @@ class Engine:
 
     def _refuse(self, call: Call, name: str, version: str, request_id: str, error: ServingError) -> None:
         outcome = refusal_outcome(error)
-        self._inferences.pop(call, None)
+        inference = self._inferences.get(call)
+        if inference is not None:  # a bug of ours struck half-way through queueing it
+            self._end(inference, outcome, error)
+            return
         self._transport.reply([error_reply(call, error, request_id, {"reason": str(outcome)})])
         self._tell(end_record(call, (name, version), outcome, self._clock()))
 
     def _tell(self, event: Event) -> None:
         for listener in self._listeners:
             listener(event)
+
+
+def _encoded(inference: Inference, outcome: Outcome) -> bytes:
+    message = inference.answer(outcome)
+    return message if inference.call.stream is None else encode_stream_response(message)
 
 
 def _step_back() -> None:

@@ -17,7 +17,8 @@ class RequestEnded:
 
     `slo_met` is None for a request that could not be judged (invalid, cancelled, infeasible). `accuracy` is the served
     variant's measured score, None where none is known. `reason` is the routing decision's short code. `slo` is what the
-    request asked, None where that was never read; `arrival_ns` is an instant of the monotonic clock.
+    request asked and `budget_ns` the time from its arrival to its deadline, None where that was never read;
+    `arrival_ns` is an instant of the monotonic clock. `request_id` is the client's own, empty if it gave none.
     """
 
     model: str
@@ -27,12 +28,14 @@ class RequestEnded:
     reason: str
     samples: int
     slo: Slo | None
+    budget_ns: int | None
     slo_met: bool | None
     arrival_ns: int
     total_ns: int
     queue_ns: int
     compute_ns: int
     accuracy: float | None
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """One client's inference on its way: cut into parts that fit a batch, run, and put together again.
 
-Rules: nothing here waits, locks or decides. The engine calls every method of one `Inference` under its lock except
-`answer`, which only reads what is complete by then.
+Rules: nothing here waits, locks or decides. The engine counts parts (`part_answered`) under its lock; the rest is read
+by the one thread that made the inference, or by the one that answered its last part.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from server.errors import InvalidRequest
 from server.models import ServedModel
 from server.scheduling.slo import Outcome, Request
 from server.transport.transport import Call
 from server.wire.inference import InferRequest, ParameterValue, encode_response
 
 Array = np.ndarray[Any, Any]
+
+MAX_PARTS = 256
+"""How many batches one request may fill."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,9 +53,14 @@ class Inference:
     ended: bool = False
 
     def parts(self) -> Iterator[Part]:
-        """The request cut into pieces of at most the model's maximum batch size, as views of its inputs."""
+        """The request cut into pieces of at most the model's maximum batch size, as views of its inputs.
+
+        Raises InvalidRequest for so many that admitting them would hold up everybody.
+        """
         most = self.model.signature.max_batch_size
         total = self.request.samples
+        if most and total > most * MAX_PARTS:
+            raise InvalidRequest(f"a request may hold at most {most * MAX_PARTS} samples, got {total}")
         if not most or total <= most:
             yield Part(self, self.request.inputs, total)
             return

@@ -254,7 +254,7 @@ class Metrics:
             self._unknown[event.outcome].inc()
             return
         series.outcomes[event.outcome].inc()
-        series.request.observe(event.total_ns / 1e9)
+        series.request.observe(event.total_ns / 1e9, _exemplar(event))
         if event.slo_met is not None:
             (series.met if event.slo_met else series.missed).inc()
         if event.outcome in QUEUED:
@@ -282,6 +282,11 @@ class Metrics:
             series.batch_size.observe(event.samples)
             if event.predicted_ns > 0:
                 series.prediction.observe(event.compute_ns / event.predicted_ns)
+
+
+def _exemplar(event: RequestEnded) -> dict[str, str] | None:
+    """What leads from a bucket to one request in it: the id that the client gave it, if it did."""
+    return {"request_id": event.request_id[:64]} if event.request_id else None
 
 
 class _LoadCollector(Collector):

@@ -16,7 +16,6 @@ from server.administration import Administration
 from server.errors import Infeasible, NotFound, NotOffered
 from server.models import Models, ServedModel
 from server.scheduling.explain import explain
-from server.scheduling.fitdrain import choose
 from server.scheduling.scheduler import Scheduler
 from server.statistics import Statistics, Tally
 from server.transport.transport import Call, Kind, Reply, Transport
@@ -227,7 +226,7 @@ class ServerServices:
                 asked.slo,
                 model.defaults,
                 scheduler.load(model.queue, now_ns),
-                choose,
+                scheduler.policy,
             )
         )
         return variants.encode_explanation(model.name, model.version, explanation)
@@ -243,6 +242,7 @@ class ServerServices:
             raise Infeasible(f"variant {loaded.name} cannot run on this host: {loaded.reason}")
         state = loaded.state if asked.enabled else State.DISABLED
         self._snapshot(lambda scheduler, _: scheduler.set_states(model.key, {**model.queue.states, loaded.name: state}))
+        self._transport.wake()  # what waited for the variant must be looked at again
         self._administrator().variant_changed(model)
         current = next(variant for variant in model.current_variants() if variant.name == loaded.name)
         return variants.encode_variant_state(_described(model, current))

@@ -47,7 +47,7 @@ class Settings(BaseModel):
     grpc_port: Port = Field(8001, description="port of the gRPC services; 0 picks a free one")
     http_port: Port = Field(8002, description="port of /metrics, the status page and health; 0 picks a free one")
     threads: Count = Field(None, description="cores to compute with, or auto: from cgroup quota and affinity")
-    executors: Count = Field(None, description="batches that run at a time, or auto: measured at start")
+    executors: Count = Field(None, description="batches that run at a time, or auto: one per core, one per GPU")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     max_message_bytes: int = Field(64 << 20, ge=1024, lt=1 << 31, description="largest gRPC message accepted or sent")
     max_queue_requests: int = Field(10_000, ge=1, description="requests one model's queue may hold")

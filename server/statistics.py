@@ -53,9 +53,9 @@ class Statistics:
         self._lock = threading.Lock()
 
     def add_model(self, name: str, version: str) -> None:
-        """Start counting for a model."""
+        """Start counting for a model that was loaded, from nothing."""
         with self._lock:
-            self._models.setdefault((name, version), ModelTallies())
+            self._models[name, version] = ModelTallies()
 
     def of(self, name: str, version: str) -> ModelTallies:
         """A model's tallies so far; all zero for one that was never added."""

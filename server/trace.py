@@ -39,6 +39,7 @@ class TraceRecorder:
             "version": event.version[:32],
             "samples": event.samples,
             "slo": _said(event.slo),
+            "budget_ns": event.budget_ns,
             "variant": event.variant,
             "outcome": event.outcome,
             "slo_met": event.slo_met,

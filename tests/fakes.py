@@ -32,6 +32,8 @@ class FakeTransport:
         self._calls: list[Call] = []
         self._cancelled: list[Call] = []
         self._woken = False
+        self.waiting = False
+        """Whether a thread waits in `take`."""
         self.replies: dict[Call, list[Reply]] = {}
 
     def start(self) -> int:
@@ -43,7 +45,9 @@ class FakeTransport:
     def take(self, timeout_ns: int | None) -> Taken:
         with self._changed:
             timeout_s = None if timeout_ns is None else timeout_ns / 1e9
+            self.waiting = True
             self._changed.wait_for(lambda: self._calls or self._cancelled or self._woken, timeout_s)
+            self.waiting = False
             taken = Taken(self._calls, self._cancelled)
             self._calls, self._cancelled, self._woken = [], [], False
             return taken
@@ -134,9 +138,10 @@ class World:
     def __init__(self, sessions: Mapping[str, FakeSession], variants: Sequence[Variant], executors: int = 1) -> None:
         self.transport = FakeTransport()
         self.recorder = Recorder()
+        self.models = Models()
         self.engine = Engine(
             scheduler=Scheduler(executors, max_requests=1000, max_bytes=1 << 30),
-            models=Models(),
+            models=self.models,
             transport=self.transport,
             services=NoServices(),
             listeners=[self.recorder],

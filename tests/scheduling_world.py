@@ -282,8 +282,9 @@ class World:
                 assert not model.queues, f"executors {self._idle} idle beside {model.queues}"
             if self._idle and model.queues:
                 assert self.scheduler.next_event_ns(self.now_ns) is not None
-        assert self.scheduler.waiting <= self._bounds[0] + retried
-        assert retried or self.scheduler.waiting_bytes <= self._bounds[1]
+        for model in self.scheduler.models.values():
+            assert model.waiting <= self._bounds[0] + retried
+            assert retried or model.waiting_bytes <= self._bounds[1]
 
     def _check_queue(self, key: tuple[int, Hashable], queue: DeadlineQueue) -> None:
         requests = [request for _, _, request in queue.entries]

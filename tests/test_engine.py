@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from fakes import WAIT_S, FakeSession, World, answer, infer_call, parameters_of, variant
 
 from server.events import BatchRan
+from server.scheduling.model_queue import ModelQueue
 from server.transport.transport import Call
 from variants.runtimes.runtime import Array
 
@@ -261,3 +263,60 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "never happened"
         threading.Event().wait(0.001)
+
+
+@pytest.mark.parametrize("executors", [1, 2, 4])
+def test_a_retry_does_not_wait_for_the_next_call(executors: int) -> None:
+    """What waits again after a failure is seen by whichever executor leads, although no call arrives."""
+
+    def broken(_: Array) -> None:
+        wait_until(lambda: world.transport.waiting)
+        raise RuntimeError("broken")
+
+    sessions = {"fp32": FakeSession(broken), "int8": FakeSession()}
+    with World(sessions, [variant("fp32", 1.0, MS), variant("int8", 0.9, MS // 2)], executors) as world:
+        call = infer_call([[1, 1]])
+        world.transport.send(call)
+        assert parameters_of(world.transport.reply_to(call))["variant"] == "int8"
+
+
+def test_an_answer_that_cannot_be_encoded_harms_no_other() -> None:
+    """A split request whose parts do not fit together fails alone; the server drains."""
+
+    class Widening(FakeSession):
+        def run(self, inputs: Mapping[str, Array]) -> list[Array]:
+            doubled = super().run(inputs)[0]
+            return [np.pad(doubled, ((0, 0), (0, len(doubled) - 1)))]
+
+    with World({"fp32": Widening()}, [variant("fp32", 1.0, MS)]) as world:
+        split, mate = infer_call([[n, n] for n in range(11)]), infer_call([[5, 5]])
+        world.transport.send(split, mate)
+        status = world.transport.reply_to(split).status
+        assert status is not None and status.code == INTERNAL
+        assert answer(world.transport.reply_to(mate))[0, 0] == 10
+        assert world.engine.drain(WAIT_S)
+    assert world.recorder.outcomes() == ["failed", "ok"]
+
+
+def test_a_request_that_would_fill_hundreds_of_batches_is_refused() -> None:
+    """It is told the limit before anything of it is queued."""
+    with one_variant() as world:
+        call = infer_call(np.zeros((8 * 256 + 1, 2)).tolist())
+        world.transport.send(call)
+        status = world.transport.reply_to(call).status
+        assert status is not None and status.code == INVALID and "2048" in status.message
+        assert not world.sessions["fp32"].batches
+
+
+def test_a_request_for_a_model_that_was_just_replaced_never_runs_on_the_new_one() -> None:
+    """The floor class of a request refers to the ranking of the model it was read for."""
+    with one_variant() as world:
+        old = world.model
+        swapped = [variant("other", 1.0, MS), variant("fp32", 0.5, MS)]
+        new = replace(old, variants=tuple(swapped), queue=ModelQueue(("m", "1"), swapped))
+        world.engine.add_model(new)
+        world.models.add(old)  # as seen by a thread that looked the model up a moment earlier
+        call = infer_call([[1, 1]])
+        world.transport.send(call)
+        status = world.transport.reply_to(call).status
+        assert status is not None and status.code == UNAVAILABLE

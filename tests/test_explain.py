@@ -136,3 +136,15 @@ def test_asking_leaves_no_trace() -> None:
     for slo in (Slo(), Slo(latency_ns=6 * MS), Slo(latency_ns=1), Slo(variant="slow"), Slo(min_accuracy=2.0)):
         ask(slo, queue=queue)
     assert state() == before
+
+
+def test_behind_others_the_answer_is_still_about_this_request() -> None:
+    """A more urgent request that waits does not decide which variant is named, least of all below a hard floor."""
+    queue = ModelQueue(("m", "1"), VARIANTS)
+    urgent = make_request(
+        queue, Slo(latency_ns=5 * MS), DEFAULTS, number=1, samples=1, size_bytes=0, shape=(), arrival_ns=NOW
+    )
+    queue.add(urgent)
+    found = ask(Slo(latency_ns=500 * MS, max_accuracy_drop=0.0), queue=queue)
+    assert (found.variant, found.reason) == ("fp32", "queue")
+    assert queue.waiting == 1

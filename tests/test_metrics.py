@@ -53,7 +53,7 @@ def ended(outcome: Outcome = Outcome.OK, variant: str = "fp32", **changes: objec
     """A request of the digits model that ended like this."""
     facts: dict[str, object] = {
         "model": "digits", "version": "3", "variant": variant, "outcome": outcome, "reason": "fit", "samples": 2,
-        "slo": None, "slo_met": True, "arrival_ns": 0, "total_ns": 3_000_000, "queue_ns": 1_000_000,
+        "slo": None, "budget_ns": None, "slo_met": True, "arrival_ns": 0, "total_ns": 3_000_000, "queue_ns": 1_000_000,
         "compute_ns": 2_000_000, "accuracy": 0.98,
     }  # fmt: skip
     return RequestEnded(**(facts | changes))  # type: ignore[arg-type]

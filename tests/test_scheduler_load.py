@@ -209,3 +209,11 @@ def test_saturation_rises_from_idle_to_full() -> None:
     assert world.scheduler.saturation(key, MS) > 0.9
     world.run()
     assert world.scheduler.saturation(key, world.now_ns) == 0.0
+
+
+def test_late_work_that_waits_is_no_idleness() -> None:
+    """An autoscaler must not take executors away from a backlog because all of it is late already."""
+    world = World(model_of())
+    world.arrive(Arrival(0, slo(500)), *[Arrival(MS, slo(0.5, None, OnInfeasible.LATE))] * 400)
+    world.run(until_ns=2 * MS)
+    assert world.scheduler.saturation(("m", "1"), 2 * MS) > 0.5

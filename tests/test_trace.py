@@ -12,7 +12,9 @@ from server.scheduling.slo import Outcome, Slo
 from server.trace import TraceRecorder
 
 ASKED = Slo(latency_ns=5_000, hard=False)
-ENDED = RequestEnded("digits", "3", "fp32", Outcome.LATE, "late", 2, ASKED, False, 1_000_500, 7_000, 1_000, 5_000, 0.98)
+ENDED = RequestEnded(
+    "digits", "3", "fp32", Outcome.LATE, "late", 2, ASKED, 5_000, False, 1_000_500, 7_000, 1_000, 5_000, 0.98
+)
 
 
 def test_a_request_is_one_line_and_other_events_are_none(tmp_path: Path) -> None:
@@ -28,7 +30,7 @@ def test_a_request_is_one_line_and_other_events_are_none(tmp_path: Path) -> None
     first, second = [json.loads(line) for line in path.read_text().splitlines()]
     assert first == {
         "arrival_ns": 500, "model": "digits", "version": "3", "samples": 2, "variant": "fp32",
-        "slo": {"latency_ns": 5_000, "hard": False, "priority": 0},
+        "slo": {"latency_ns": 5_000, "hard": False, "priority": 0}, "budget_ns": 5_000,
         "outcome": "late", "slo_met": False, "total_ns": 7_000,
     }  # fmt: skip
     assert second["arrival_ns"] == 400

@@ -68,7 +68,7 @@ def server() -> Iterator[Server]:
 def answered(variant: str, milliseconds: int) -> RequestEnded:
     """An answer of the digits model."""
     return RequestEnded(
-        "digits", "3", variant, Outcome.OK, "fit", 1, None, True, 0, milliseconds * 1_000_000, 0, 0, None
+        "digits", "3", variant, Outcome.OK, "fit", 1, None, None, True, 0, milliseconds * 1_000_000, 0, 0, None
     )
 
 

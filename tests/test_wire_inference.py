@@ -39,7 +39,7 @@ def test_valid_request_becomes_values() -> None:
     np.testing.assert_array_equal(got.inputs["b"], np.arange(10).reshape(2, 5))
     assert got.shape_key == ((3,), (5,))
     assert [output.name for output in got.outputs] == ["y", "z", "s"]
-    assert (got.slo, got.timeout_ns, got.empty_final_response) == (Slo(), None, False)
+    assert (got.slo, got.timeout_ns) == (Slo(), None)
     assert got.payload_bytes == 6 * 4 + 10 * 8
 
 

@@ -9,12 +9,12 @@ in its order before it is refused.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.errors import Infeasible, NotFound, Overloaded, ServingError
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue, bits
 from server.scheduling.slo import OnInfeasible, Request, Slo
-from variants.variant import State, Variant
+from variants.variant import REFERENCE, State, Variant
 
 _DEFAULT_PRIORITY = 2
 _MOST_PRIORITY = 8
@@ -25,7 +25,6 @@ class Defaults:
     """What a request gets that names nothing: the model's own SLO, and the server's latency."""
 
     latency_ns: int
-    min_accuracy: float | None = None
     max_accuracy_drop: float | None = None
     on_infeasible: tuple[OnInfeasible, ...] | None = None
 
@@ -43,6 +42,8 @@ def meets_floor(variant: Variant, slo: Slo) -> bool:
     """Whether what is proven about a variant satisfies the request's accuracy floor."""
     if slo.min_accuracy is not None and variant.proven_accuracy < slo.min_accuracy:
         return False
+    if slo.max_accuracy_drop == 0:  # the reference only, even where another is proven better
+        return variant.name == REFERENCE
     return slo.max_accuracy_drop is None or variant.proven_drop <= slo.max_accuracy_drop
 
 
@@ -100,15 +101,7 @@ def with_floor(slo: Slo, defaults: Defaults) -> Slo:
     """The SLO with the model's own floor where it names none; that one is soft, since nobody asked for it."""
     if slo.min_accuracy is not None or slo.max_accuracy_drop is not None:
         return slo
-    return Slo(
-        slo.latency_ns,
-        defaults.min_accuracy,
-        defaults.max_accuracy_drop,
-        hard=False,
-        on_infeasible=slo.on_infeasible,
-        variant=slo.variant,
-        priority=slo.priority,
-    )
+    return replace(slo, max_accuracy_drop=defaults.max_accuracy_drop, hard=False)
 
 
 def _floor_class(model: ModelQueue, slo: Slo) -> int:
@@ -119,6 +112,8 @@ def _floor_class(model: ModelQueue, slo: Slo) -> int:
             if model.states[variant.name] is State.DISABLED:
                 raise Infeasible(f"variant {variant.name} of {model.key[0]} is disabled")
             return 1 << place
+    if slo.variant in model.unmeasured:
+        raise Infeasible(f"{slo.variant} of {model.key[0]} cannot run here: {model.unmeasured[slo.variant]}")
     raise NotFound(f"model {model.key[0]} has no variant {slo.variant}")
 
 

@@ -73,7 +73,9 @@ def _ask(
         fastest = model.fastest(request.allowed)
         return (None, "late") if fastest is None else (model.variants[fastest].name, "late")
     choice = _with_request(model, request, load, policy)
-    reason = choice.reason if request in choice.requests else "queue"
+    reason = choice.reason
+    if request not in choice.requests:  # others go first: what it gets when its turn comes
+        choice, reason = _with_request(_alone(model), request, _after(model, request, load), policy), "queue"
     if not request.asked >> choice.variant & 1:
         reason = "degraded"
     return model.variants[choice.variant].name, reason
@@ -81,6 +83,22 @@ def _ask(
 
 _ANY_SHAPE = ("explain",)
 """A shape of its own: the question is about the variant, not about who would share the batch."""
+
+
+def _alone(model: ModelQueue) -> ModelQueue:
+    """The same model with nobody waiting."""
+    alone = ModelQueue(model.key, model.variants)
+    alone.set_states(model.states)
+    alone.latency, alone.forecast = model.latency, model.forecast
+    alone.typical_budget_ns = model.typical_budget_ns
+    return alone
+
+
+def _after(model: ModelQueue, request: Request, load: Load) -> Load:
+    """The load once the work ahead of the request has been done."""
+    ahead_ns = model.backlog_ns(request.order_ns) // len(load.free_ns)
+    now_ns = max(load.now_ns, min(load.free_ns)) + ahead_ns
+    return Load(now_ns, [max(free, now_ns) for free in load.free_ns], load.others_backlog_ns)
 
 
 def _with_request(

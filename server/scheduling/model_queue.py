@@ -6,7 +6,7 @@ leads unless another variant is proven better. Sets of variants are bit sets ove
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 from server.scheduling.deadline_queue import DeadlineHeap, DeadlineQueue
 from server.scheduling.forecast import ArrivalForecast
@@ -42,13 +42,15 @@ def bits(variants: int) -> Iterator[int]:
 class ModelQueue:
     """One model's waiting requests and the knowledge to choose among its variants.
 
-    `usable` are the variants that may run at all, `eligible` those that take traffic which does not pin.
-    `served_ns` is the executor time this model has had, the measure of fairness between models.
+    `unmeasured` are the variants that cannot run here, with the reason; `usable` those that may run at all, `eligible`
+    those that take traffic which does not pin. `served_ns` is the executor time this model has had, the measure of
+    fairness between models.
     """
 
     def __init__(self, key: tuple[str, str], variants: Sequence[Variant], max_queue_delay_ns: int = 0) -> None:
         self.key = key
         self.variants = tuple(rank(variants))
+        self.unmeasured = {variant.name: variant.reason for variant in variants if variant.profile is None}
         self.latency = LatencyModel([variant.profile for variant in self.variants if variant.profile])
         self.forecast = ArrivalForecast()
         self.max_queue_delay_ns = max_queue_delay_ns
@@ -147,8 +149,15 @@ class ModelQueue:
 
     def backlog_ns(self, order_ns: int | None = None) -> int:
         """Executor time of the work that waits, or of that part which is ahead of a newcomer with this order."""
+        return self._drain_ns(self.queues, order_ns)
+
+    def late_backlog_ns(self) -> int:
+        """Executor time of the late work that waits."""
+        return self._drain_ns(self.late, None)
+
+    def _drain_ns(self, queues: Mapping[QueueKey, DeadlineQueue], order_ns: int | None) -> int:
         total_ns = 0
-        for (allowed, _), queue in self.queues.items():
+        for (allowed, _), queue in queues.items():
             ahead = len(queue) if order_ns is None else queue.ahead_of(order_ns)
             if ahead:
                 requests, chunk_ns = self.chunk(allowed, queue)

@@ -52,7 +52,7 @@ class Scheduler:
     """Queues, admission and decisions for every model of the server.
 
     Invariants: a request waits in at most one queue; a running request waits in none; a batch holds requests of one
-    model and one shape; `waiting` and `waiting_bytes` never exceed the bounds, but for requests that are tried again.
+    model and one shape; no model's `waiting` and `waiting_bytes` exceed the bounds, but for requests tried again.
     """
 
     def __init__(self, executors: int, *, max_requests: int, max_bytes: int, policy: Policy = fitdrain.choose) -> None:
@@ -64,6 +64,11 @@ class Scheduler:
         self._running: list[Run | None] = [None] * executors
         self._served_ns = 0
         """How much executor time the model served last had had: where a model that was idle joins the others."""
+
+    @property
+    def policy(self) -> Policy:
+        """The function that forms batches and chooses variants."""
+        return self._policy
 
     def add_model(self, model: ModelQueue) -> None:
         """Take on a model."""
@@ -96,7 +101,7 @@ class Scheduler:
         """Admit a request or refuse it; others that became hopeless meanwhile may end with it."""
         ended = self.tick(now_ns)
         model = self.models[request.model]
-        if self.waiting >= self._max_requests or self.waiting_bytes + request.size_bytes > self._max_bytes:
+        if model.waiting >= self._max_requests or model.waiting_bytes + request.size_bytes > self._max_bytes:
             error: ServingError | None = Overloaded("the queue is full", _QUEUE_FULL_RETRY_NS)
         elif request.deadline_ns <= request.arrival_ns and OnInfeasible.LATE not in request.on_infeasible:
             error = DeadlineMissed("the deadline had passed on arrival")
@@ -192,7 +197,7 @@ class Scheduler:
     def saturation(self, key: ModelKey, now_ns: int) -> float:
         """0 when idle, 1 when the waiting work takes all the time that requests typically allow."""
         model = self.models[key]
-        busy_ns = sum(max(0, free - now_ns) for free in self._free_ns) + model.backlog_ns()
+        busy_ns = sum(max(0, free - now_ns) for free in self._free_ns) + model.backlog_ns() + model.late_backlog_ns()
         allowed_ns = max(model.typical_budget_ns, 1.0) * len(self._free_ns)
         return min(1.0, busy_ns / allowed_ns)
 

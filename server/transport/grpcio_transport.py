@@ -25,6 +25,7 @@ MAX_STREAM_BACKLOG = 256
 sends and never reads can make us hold."""
 
 _CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+_LONGEST_S = 365 * 86_400.0  # a deadline further off is as good as this, and waits must not overflow
 _DETAILS = "grpc-status-details-bin"
 
 
@@ -39,20 +40,19 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What clients may do. Connections that outlive `max_connection_age_ns` are asked to reconnect; None: never.
+    """What clients may do.
 
     A client may ping every `min_ping_interval_ns`; ours goes out after `keepalive_ns` of silence and finds the dead.
     """
 
     max_message_bytes: int = 64 << 20
     max_concurrent_streams: int = 1024
-    max_connection_age_ns: int | None = None
     min_ping_interval_ns: int = 5_000_000_000
     keepalive_ns: int = 60_000_000_000
 
     def channel_arguments(self) -> list[tuple[str, int]]:
         """As gRPC's own names and units."""
-        arguments = [
+        return [
             ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", self.max_message_bytes),
@@ -62,10 +62,6 @@ class Limits:
             ("grpc.keepalive_time_ms", self.keepalive_ns // 1_000_000),
             ("grpc.keepalive_timeout_ms", 20_000),
         ]
-        if self.max_connection_age_ns is not None:
-            arguments.append(("grpc.max_connection_age_ms", self.max_connection_age_ns // 1_000_000))
-            arguments.append(("grpc.max_connection_age_grace_ms", 30_000))
-        return arguments
 
 
 @dataclass(slots=True, eq=False)
@@ -257,7 +253,7 @@ class GrpcioTransport:
             method=method,
             message=message,
             arrival_ns=arrival_ns,
-            deadline_ns=None if remaining is None else arrival_ns + int(remaining * 1e9),
+            deadline_ns=None if remaining is None else arrival_ns + int(min(remaining, _LONGEST_S) * 1e9),
             metadata=context.invocation_metadata() or (),
             peer=context.peer(),
             stream=stream,

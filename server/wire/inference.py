@@ -88,7 +88,6 @@ class InferRequest:
     slo: Slo
     timeout_ns: int | None
     payload_bytes: int
-    empty_final_response: bool
 
 
 def parse_infer(message: bytes) -> pb.ModelInferRequest:
@@ -114,7 +113,6 @@ def read_request(request: pb.ModelInferRequest, signature: Signature) -> InferRe
         slo=parameters.slo,
         timeout_ns=parameters.timeout_ns,
         payload_bytes=sum(map(_payload_bytes, inputs.values())),
-        empty_final_response=parameters.empty_final_response,
     )
 
 

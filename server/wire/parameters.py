@@ -34,7 +34,6 @@ class RequestParameters:
 
     slo: Slo = _NO_SLO
     timeout_ns: int | None = None
-    empty_final_response: bool = False
 
 
 class _Parameter(NamedTuple):
@@ -44,6 +43,8 @@ class _Parameter(NamedTuple):
 
 
 _NOTHING = RequestParameters()
+_CHECKED_ONLY = "checked only"
+"""The field of parameters that say nothing once they are valid."""
 _SLO_FIELDS = frozenset(Slo.__dataclass_fields__)
 
 
@@ -68,7 +69,7 @@ def read_parameters(parameters: Mapping[str, pb.InferParameter]) -> RequestParam
             raise InvalidRequest(f"parameter {quoted(name)} must be set as {wanted}, not {kind}")
         value = known.read(name, getattr(parameter, kind))
         (slo if known.field in _SLO_FIELDS else others)[known.field] = value
-    others.pop("sequence", None)
+    others.pop(_CHECKED_ONLY, None)
     return RequestParameters(Slo(**slo), **others)
 
 
@@ -153,8 +154,8 @@ _KNOWN = {
     ),
     "variant": _Parameter("variant", ("string_param",), pinned_variant),
     "priority": _Parameter("priority", ("uint64_param", "int64_param"), priority),
-    "triton_enable_empty_final_response": _Parameter("empty_final_response", ("bool_param",), lambda _, value: value),
-    "sequence_id": _Parameter("sequence", ("int64_param", "uint64_param", "string_param"), _no_sequence),
-    "sequence_start": _Parameter("sequence", ("bool_param",), _no_sequence),
-    "sequence_end": _Parameter("sequence", ("bool_param",), _no_sequence),
+    "triton_enable_empty_final_response": _Parameter(_CHECKED_ONLY, ("bool_param",), lambda *_: None),
+    "sequence_id": _Parameter(_CHECKED_ONLY, ("int64_param", "uint64_param", "string_param"), _no_sequence),
+    "sequence_start": _Parameter(_CHECKED_ONLY, ("bool_param",), _no_sequence),
+    "sequence_end": _Parameter(_CHECKED_ONLY, ("bool_param",), _no_sequence),
 }
