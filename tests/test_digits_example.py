@@ -1,6 +1,7 @@
 """The digits example: honest sets of real digits, a network that learns them, a repository that can be built."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from serving import serving
 from sklearn.datasets import load_digits
 
 from variants.repository import open_path
@@ -113,3 +115,51 @@ def test_only_the_documented_files(repository: Path) -> None:
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     data = [f"1/data/{name}.npz" for name in sorted(SETS)]
     assert files == [*data, "1/source/model.safetensors", "model.py", "model.yaml"]
+
+
+def run_client(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The example's client in its own process."""
+    command = [sys.executable, str(EXAMPLE / "client.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.slow
+def test_the_client_shows_answers_and_refusals(
+    repository: Path, sets: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """A relaxed SLO is answered by fp32; one that nothing can meet is shown as a refusal with the server's words."""
+    source = open_source(open_path(repository)[0].newest(), {"image": sets["evaluation"]["image"][:9]}, tmp_path)
+    bare = tmp_path / "models" / "digits" / "1"
+    bare.mkdir(parents=True)
+    shutil.copyfile(source.graph, bare / "model.onnx")
+    data = str(repository / "digits" / "1" / "data" / "evaluation.npz")
+    with serving(tmp_path / "models") as server:
+        three = run_client("--url", server.address, "--data", data, "--images", "3")
+        code = (
+            f"import client, numpy; data = numpy.load({data!r});"
+            f"server = client.triton.InferenceServerClient({server.address!r});"
+            "client.show(server, '', {'slo_latency_ms': 0.05}, data['image'][:2], data['label'][:2])"
+        )
+        command = [sys.executable, "-c", code]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=EXAMPLE)
+    assert three.returncode == 0, three.stderr
+    relaxed, quick, good = three.stdout.strip().split("\n\n")
+    assert relaxed.count("by fp32 (the most accurate") == 3
+    assert relaxed.count("right") >= 2
+    for tight in (quick, good):  # how many of these fit depends on how busy this machine is
+        assert tight.count("was refused") + tight.count(" seen as ") == 3
+    assert "slo_max_accuracy_drop=0.01" in good
+    assert refused.stdout.count("was refused: no variant could meet this SLO, even on an idle server") == 2
+    assert refused.stdout.count("the server says: ") == 2
+
+
+def test_the_client_says_what_is_missing(tmp_path: Path) -> None:
+    """Without data, and without a server, one line says what to do, and no traceback."""
+    answer = run_client("--data", str(tmp_path / "nothing.npz"))
+    assert answer.returncode == 1
+    assert "make serve" in answer.stderr
+    np.savez(tmp_path / "data.npz", image=np.zeros((1, 1, 32, 32), np.float32), label=np.zeros(1, np.int64))
+    answer = run_client("--url", "127.0.0.1:1", "--data", str(tmp_path / "data.npz"))
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("no answer from 127.0.0.1:1: ")
+    assert answer.stderr.count("\n") == 1

@@ -58,6 +58,9 @@ def main() -> int:
     arguments.add_argument("--data", type=Path, default=DATA, help="an .npz with the arrays `image` and `label`")
     arguments.add_argument("--images", type=int, default=5, help="how many images to send for each SLO")
     options = arguments.parse_args()
+    if not options.data.is_file():
+        print(f"{options.data} is not there: run `make serve` first, or name the file with --data", file=sys.stderr)
+        return 1
     with np.load(options.data, allow_pickle=False) as data:
         images, labels = data["image"][: options.images], data["label"][: options.images]
     with triton.InferenceServerClient(options.url) as client:
