@@ -58,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_mlp(Path(folder))
         hardware = detect_hardware()
-        host = Host(hardware, "cpu", 1, available_runtimes(), ProfileCache(None), 1_000_000_000, False, False)
+        host = Host(hardware, "cpu", 1, 1, available_runtimes(), ProfileCache(None), 1_000_000_000, False, False)
         model = load_model(ModelFolder(Path(folder) / "mlp"), host)
     scheduler = Scheduler(1, max_requests=1000, max_bytes=1 << 30)
     scheduler.add_model(model.queue)

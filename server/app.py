@@ -297,6 +297,7 @@ def _host(settings: Settings, hardware: Hardware, executors: int, threads: int) 
         hardware=hardware,
         device=_device(settings, hardware),
         threads=threads,
+        executors=executors,
         runtimes=available_runtimes(executors),
         profiles=ProfileCache(_cache_folder()),
         default_latency_ns=int(settings.default_latency_ms * 1e6),

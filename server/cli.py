@@ -40,10 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(chosen: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads: waiting threads spin otherwise
+
     from variants.build import build
 
-    only = [name.strip() for name in chosen.variants.split(",")] if chosen.variants else None
-    return build(chosen.path, only=only, force=chosen.force, quick=chosen.quick)
+    return build(chosen.path, only=chosen.variants, force=chosen.force, quick=chosen.quick)
 
 
 def _serve(chosen: argparse.Namespace) -> int:
@@ -67,13 +68,21 @@ def _explain(chosen: argparse.Namespace) -> int:
     return show_route(chosen)
 
 
+def _names(text: str) -> list[str]:
+    """Names between commas; an empty one is a mistake, and no name at all must not mean all of them."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name in it")
+    return names
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gearshift", description="Serve a model's verified variants.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     build = commands.add_parser("build", help="build, evaluate and gate every variant", allow_abbrev=False)
     build.add_argument("path", type=Path, metavar="PATH", help="a model's folder, or a repository of them")
-    build.add_argument("--variants", metavar="A,B", help="only these")
+    build.add_argument("--variants", type=_names, metavar="A,B", help="only these")
     build.add_argument("--force", action="store_true", help="build again what is up to date")
     build.add_argument("--quick", action="store_true", help="shorter training and smaller samples; for a first look")
     build.set_defaults(run=_build)

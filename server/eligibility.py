@@ -54,7 +54,7 @@ def _judged(variant: Variant, eligible: list[Variant], reference: Variant | None
 
 
 def _no_faster(variant: Variant, reference: Variant) -> bool:
-    return not any(ours < _FASTER * theirs for ours, theirs in _pairs(variant.profile, reference.profile))
+    return not any(ours < _FASTER * theirs for ours, theirs in _pairs(variant, reference))
 
 
 def _dominates(other: Variant, variant: Variant) -> bool:
@@ -62,12 +62,19 @@ def _dominates(other: Variant, variant: Variant) -> bool:
     as_accurate = other.proven_drop <= variant.proven_drop and other.proven_accuracy >= variant.proven_accuracy
     if not as_accurate or (variant.batchable and not other.batchable):
         return False
-    return all(theirs < _FASTER * ours for theirs, ours in _pairs(other.profile, variant.profile))
+    return all(theirs < _FASTER * ours for theirs, ours in _pairs(other, variant))
 
 
-def _pairs(one: LatencyProfile | None, other: LatencyProfile | None) -> list[tuple[int, int]]:
-    """The latencies of both at the batch sizes that both were measured at."""
-    if one is None or other is None:
+def _pairs(one: Variant, other: Variant) -> list[tuple[int, int]]:
+    """What so many samples cost both, in nanoseconds, at the batch sizes that both were measured at."""
+    if one.profile is None or other.profile is None:
         return []
-    sizes = sorted(set(one.batch_sizes) & set(other.batch_sizes))
-    return [(one.latency_ns(size), other.latency_ns(size)) for size in sizes]
+    sizes = sorted(set(one.profile.batch_sizes) & set(other.profile.batch_sizes))
+    ours = [served_ns(one.profile, size, batchable=one.batchable) for size in sizes]
+    theirs = [served_ns(other.profile, size, batchable=other.batchable) for size in sizes]
+    return list(zip(ours, theirs, strict=True))
+
+
+def served_ns(profile: LatencyProfile, size: int, *, batchable: bool) -> int:
+    """How long so many samples take as they are served: in one batch, or one after another where each runs alone."""
+    return profile.latency_ns(size) if batchable else size * profile.latency_ns(1)

@@ -13,16 +13,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from server.eligibility import by_speed, by_verdict
+from server.eligibility import by_speed, by_verdict, served_ns
 from server.models import ServedModel
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.slo import OnInfeasible
 from server.wire.inference import Signature
 from variants.data import match_inputs, read_arrays, targets_of
-from variants.evaluate import judge
-from variants.hardware import Hardware
-from variants.measure import Example, ProfileCache, ProfileKey, measure_profiles, profile_batch_sizes, synthetic_inputs
+from variants.evaluate import INVARIANT, judge
+from variants.hardware import Hardware, needs_reduced_range
+from variants.measure import (
+    Example,
+    ProfileCache,
+    ProfileKey,
+    describe_inputs,
+    find_failures,
+    measure_profiles,
+    profile_batch_sizes,
+    synthetic_inputs,
+)
 from variants.model_config import GateConfig, ModelConfig, RepositoryError
 from variants.repository import ModelFolder, VersionFolder, file_sha256
 from variants.runtimes import runtime_version
@@ -44,8 +53,6 @@ log = logging.getLogger(__name__)
 
 ONNXRUNTIME = "onnxruntime"
 _PROFILE_BUDGET_S = 12.0
-_INVARIANT = 1e-3
-"""The largest difference between an answer alone and in a batch that still counts as none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,7 @@ class Host:
     hardware: Hardware
     device: str
     threads: int
+    executors: int
     runtimes: Mapping[str, Runtime]
     profiles: ProfileCache
     default_latency_ns: int
@@ -72,6 +80,8 @@ class Candidate:
     sha256: str
     session: Session
     evidence: Evidence | None
+    is_invariant: bool
+    """Whether batch-mates leave an answer as it is; without evidence the recipe's word counts."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -84,19 +94,24 @@ def load_model(folder: ModelFolder, host: Host) -> ServedModel:
     start_ns = time.monotonic_ns()
     config = folder.config  # read first: a mistake in it is told rather than what follows from it
     version = folder.serving()
-    cards = version.cards() if version.is_built else {REFERENCE: _bare_card()}
+    cards, set_aside = _cards(version)
     candidates: list[Candidate] = []
-    set_aside: dict[str, Variant] = {}
     for name, card in cards.items():
-        found, why_not = _candidates(version, card, host)
-        candidates += found
-        if not found:
-            set_aside[name] = _without_runtime(name, card, host, why_not)
+        if name not in set_aside:
+            found, why_not = _candidates(version, card, host)
+            candidates += found
+            if not found:
+                set_aside[name] = _without_runtime(name, card, host, why_not)
     if REFERENCE in set_aside:
         raise RepositoryError(f"{folder.name}: the reference {REFERENCE} cannot run: {set_aside[REFERENCE].reason}")
     signature = _signature(config, candidates)
-    profiles = _profiles(folder.name, version, signature, candidates, host)
-    fastest = _fastest(candidates, profiles)
+    profiles, failures = _profiles(folder.name, version, signature, candidates, host)
+    fastest = _fastest([candidate for candidate in candidates if candidate.key in profiles], profiles)
+    for name in {variant for variant, _ in failures} - set(fastest):
+        reason = "; ".join(why for (variant, _), why in failures.items() if variant == name)
+        set_aside[name] = _unsupported(cards[name], reason)
+    if REFERENCE in set_aside:
+        raise RepositoryError(f"{folder.name} fails on the inputs it is measured with: {set_aside[REFERENCE].reason}")
     variants = [
         _variant(chosen, cards[name], profiles[chosen.key], signature, host) for name, chosen in fastest.items()
     ]
@@ -116,12 +131,26 @@ def load_model(folder: ModelFolder, host: Host) -> ServedModel:
     )
 
 
-def _bare_card() -> Card:
-    """The card of a source that nobody has built: it serves as its own reference and nothing is proven about it."""
-    gate = Gate(Verdict.UNVERIFIED, "served from the source as it is; nothing was evaluated")
+def _cards(version: VersionFolder) -> tuple[dict[str, Card], dict[str, Variant]]:
+    """The cards by name, and the variants whose own could not be believed, with a card that proves nothing."""
+    if not version.is_built:  # it serves as its own reference
+        return {REFERENCE: _blank_card(REFERENCE, "served from the source as it is; nothing was evaluated")}, {}
+    cards, set_aside = {}, {}
+    for name in sorted(version.manifest().variants):
+        try:
+            card = version.card(name)
+        except RepositoryError as error:
+            card = _blank_card(name, str(error))
+            set_aside[name] = _unsupported(card, str(error))
+        if card is not None:
+            cards[name] = card
+    return cards, set_aside
+
+
+def _blank_card(name: str, reason: str) -> Card:
     return Card(
-        variant=REFERENCE, recipe=REFERENCE, parameters={}, artefact=None, sha256=None, parent=None, requirements={},
-        size_bytes=0, compressed_bytes=0, weights=0, flops=0, runtimes={}, gate=gate,
+        variant=name, recipe=name, parameters={}, artefact=None, sha256=None, parent=None, requirements={},
+        size_bytes=0, compressed_bytes=0, weights=0, flops=0, runtimes={}, gate=Gate(Verdict.UNVERIFIED, reason),
     )  # fmt: skip
 
 
@@ -161,16 +190,29 @@ def _candidate(card: Card, path: Path, sha256: str, runtime: Runtime, host: Host
     reason = runtime.why_not(path, precision, host.hardware)
     if reason is None and path.suffix == ".pt2" and not host.trust_torch_archives:
         reason = "a .pt2 archive can execute code and is loaded only with --trust-torch-archives"
+    reason = reason or _not_like_the_build_host(card, precision, _device(name, host), host.hardware)
     evidence = card.runtimes.get(name)
-    judged = card.variant != REFERENCE and card.gate.verdict is not Verdict.UNVERIFIED
-    if reason is None and evidence is None and (judged or name != ONNXRUNTIME):
+    is_unverified = card.gate.verdict is Verdict.UNVERIFIED
+    needs_evidence = name != ONNXRUNTIME if card.variant == REFERENCE else not is_unverified
+    if reason is None and evidence is None and needs_evidence:
         reason = f"nothing is proven about it on {name}; run `gearshift build` on a host like this one"
     if reason is None and evidence is not None and not _proven(card, name, evidence, gate):
         reason = f"it does not pass the gate on {name}"
     if reason is not None:
         raise RuntimeUnavailable(reason)
     session = runtime.load(path, precision=precision, threads=host.threads, device=_device(name, host))
-    return Candidate(card.variant, name, precision, sha256, session, evidence)
+    said = card.parameters.get("batch_invariant") is not False
+    is_invariant = said if evidence is None else evidence.batch_invariance <= INVARIANT
+    return Candidate(card.variant, name, precision, sha256, session, evidence, is_invariant)
+
+
+def _not_like_the_build_host(card: Card, precision: str, device: str, hardware: Hardware) -> str | None:
+    """Why evidence from the build host does not hold here: it is a CPU's, or for fp16 a CUDA device's."""
+    if card.requirements.get("exact_int8_sums") and needs_reduced_range(hardware):
+        return "its 8-bit weights were proven on another kind of CPU and would saturate on this one, which has no VNNI"
+    if card.variant != REFERENCE and card.runtimes and device != "cpu" and precision != "fp16":
+        return f"its evidence was measured on a CPU and proves nothing about {device}"
+    return None
 
 
 def _proven(card: Card, runtime: str, evidence: Evidence, gate: GateConfig) -> bool:
@@ -193,10 +235,13 @@ def _device(runtime: str, host: Host) -> str:
 
 def _without_runtime(name: str, card: Card, host: Host, why_not: str) -> Variant:
     state, reason = by_verdict(name, card.gate, allow_unverified=host.allow_unverified)
-    if card.artefacts or name == REFERENCE:
-        state, reason = State.UNSUPPORTED, why_not
+    variant = _unsupported(card, why_not)
+    return variant if card.artefacts or name == REFERENCE else replace(variant, state=state, reason=reason)
+
+
+def _unsupported(card: Card, reason: str) -> Variant:
     return Variant(
-        name, state, reason, _precision(card), runtime="", device="", score=None, drop=None, size_bytes=card.size_bytes
+        card.variant, State.UNSUPPORTED, reason, _precision(card), runtime="", device="", size_bytes=card.size_bytes
     )
 
 
@@ -216,27 +261,27 @@ def _batched(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
 
 def _profiles(
     name: str, version: VersionFolder, signature: Signature, candidates: list[Candidate], host: Host
-) -> dict[tuple[str, str], LatencyProfile]:
-    """Every candidate's latency profile, remembered from an earlier start or measured now, in turns."""
+) -> tuple[dict[tuple[str, str], LatencyProfile], dict[tuple[str, str], str]]:
+    """Each candidate's latency profile, remembered or measured now, in turns; and why those without one failed."""
     sizes = profile_batch_sizes(signature.max_batch_size) if signature.max_batch_size else (1,)
-    keys = {candidate.key: _profile_key(candidate, sizes, host) for candidate in candidates}
+    example = _example(version, signature)
+    keys = {candidate.key: _profile_key(candidate, sizes, example, host) for candidate in candidates}
     profiles = {key: found for key, profile_key in keys.items() if (found := host.profiles.get(profile_key))}
     missing = {c.key: c.session for c in candidates if c.key not in profiles}
+    failures: dict[tuple[str, str], str] = {}
     if missing:
         label = ", ".join(f"{variant} on {runtime}" for variant, runtime in missing)
         log.info("model %s: measuring %s at batch sizes %s", name, label, ", ".join(map(str, sizes)))
-        example = _example(version, signature)
-        try:
-            measured = measure_profiles(missing, example, sizes, budget_s=_PROFILE_BUDGET_S)
-        except Exception as error:  # every runtime raises its own; the model may need inputs that only data can show
-            raise RepositoryError(f"{name} fails on the inputs it is measured with: {error}") from error
+        failures = {key: f"on {key[1]} {why}" for key, why in find_failures(missing, example, sizes).items()}
+        healthy = {key: session for key, session in missing.items() if key not in failures}
+        measured = measure_profiles(healthy, example, sizes, budget_s=_PROFILE_BUDGET_S)
         for key, profile in measured.items():
             host.profiles.put(keys[key], profile)
         profiles |= measured
-    return profiles
+    return profiles, failures
 
 
-def _profile_key(candidate: Candidate, sizes: tuple[int, ...], host: Host) -> ProfileKey:
+def _profile_key(candidate: Candidate, sizes: tuple[int, ...], example: Example, host: Host) -> ProfileKey:
     return ProfileKey(
         artefact_sha256=candidate.sha256,
         runtime=candidate.runtime,
@@ -246,6 +291,8 @@ def _profile_key(candidate: Candidate, sizes: tuple[int, ...], host: Host) -> Pr
         device=_device(candidate.runtime, host),
         host=host.hardware.fingerprint,
         batch_sizes=sizes,
+        inputs=describe_inputs(example),
+        executors=host.executors,
     )
 
 
@@ -257,7 +304,7 @@ def _example(version: VersionFolder, signature: Signature) -> Example:
     if config is not None:
         specs = [replace(spec, shape=spec.shape[1:]) for spec in signature.inputs] if batched else signature.inputs
         try:
-            path = version.resolve(config.data)
+            path = version.verify(config.data) if version.is_built else version.resolve(config.data)
             found = match_inputs(
                 path, read_arrays(path), specs, target=config.target, other_targets=targets_of(version)
             ).inputs
@@ -270,17 +317,18 @@ def _example(version: VersionFolder, signature: Signature) -> Example:
 
 
 def _fastest(candidates: list[Candidate], profiles: Mapping[tuple[str, str], LatencyProfile]) -> dict[str, Candidate]:
-    """For each variant the candidate with the least time per sample over all batch sizes."""
+    """For each variant the candidate with the least time per sample, as it would be served, over all batch sizes."""
+
+    def time_per_sample(candidate: Candidate) -> float:
+        profile = profiles[candidate.key]
+        return sum(served_ns(profile, n, batchable=candidate.is_invariant) / n for n in profile.batch_sizes)
+
     fastest: dict[str, Candidate] = {}
     for candidate in candidates:
         other = fastest.get(candidate.variant)
-        if other is None or _time_per_sample(profiles[candidate.key]) < _time_per_sample(profiles[other.key]):
+        if other is None or time_per_sample(candidate) < time_per_sample(other):
             fastest[candidate.variant] = candidate
     return fastest
-
-
-def _time_per_sample(profile: LatencyProfile) -> float:
-    return sum(ns / size for size, ns in zip(profile.batch_sizes, profile.latencies_ns, strict=True))
 
 
 def _variant(chosen: Candidate, card: Card, profile: LatencyProfile, signature: Signature, host: Host) -> Variant:
@@ -296,7 +344,7 @@ def _variant(chosen: Candidate, card: Card, profile: LatencyProfile, signature: 
         score=evidence.score if evidence else None,
         drop=_drop(card, evidence),
         profile=profile,
-        batchable=signature.max_batch_size > 0 and (evidence is None or evidence.batch_invariance <= _INVARIANT),
+        batchable=signature.max_batch_size > 0 and chosen.is_invariant,
         size_bytes=card.size_bytes,
     )
 

@@ -143,6 +143,7 @@ def add_variant(
     verdict: Verdict = Verdict.PASSED,
     batch_invariance: float = 0.0,
     requirements: Mapping[str, object] = MappingProxyType({}),
+    parameters: Mapping[str, object] = MappingProxyType({}),
 ) -> VersionFolder:
     """Write a variant as `build` would, with this evidence for ONNX Runtime; the reference comes first."""
     folder = repository / name / "1"
@@ -158,7 +159,7 @@ def add_variant(
     card = Card(
         variant=variant,
         recipe=variant,
-        parameters={},
+        parameters=dict(parameters),
         artefact="model.onnx",
         sha256=sha256,
         parent=parent,

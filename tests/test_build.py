@@ -22,7 +22,7 @@ from variants.build import build
 from variants.progress import Reporter
 from variants.recipes import RECIPES
 from variants.recipes.recipe import Recipe
-from variants.repository import ModelFolder, open_path
+from variants.repository import ModelFolder, VersionFolder, file_sha256, open_path
 from variants.runtimes.onnx_signature import read_signature
 from variants.variant import Card, Verdict
 
@@ -257,6 +257,35 @@ def test_a_bad_model_does_not_stop_the_next(onnx_digits: Path) -> None:
     assert set(cards(onnx_digits)) == {"fp32", "int8-dynamic", "pruned-unstructured"}
 
 
+def test_a_full_disk_stops_one_model_only(onnx_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the system is one line and exit code 1, and the next model gets its turn."""
+    shutil.copytree(onnx_digits, onnx_digits.parent / "full")
+    write = VersionFolder.write_variant
+
+    def full(self: VersionFolder, *arguments: Any) -> None:
+        if self.model.name == "full":
+            raise OSError("no space left on device")
+        write(self, *arguments)
+
+    monkeypatch.setattr(VersionFolder, "write_variant", full)
+    code, _, err = run(onnx_digits.parent)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "full: OSError: no space left on device" in err
+    assert set(cards(onnx_digits)) == {"fp32", "int8-dynamic", "pruned-unstructured"}
+
+
+def test_a_partial_build_does_not_vouch_for_the_rest(onnx_digits: Path) -> None:
+    """After new evaluation data, what was not measured on them is stale until it is built too."""
+    assert run(onnx_digits)[0] == 0
+    path = onnx_digits / "1/data/evaluation.npz"
+    with np.load(path) as data:
+        np.savez(path, **{name: data[name][:600] for name in data.files})
+    assert run(onnx_digits, only=["pruned-unstructured"])[0] == 0
+    assert set(cards(onnx_digits)) == {"fp32", "pruned-unstructured"}
+    assert run(onnx_digits)[0] == 0
+    assert set(cards(onnx_digits)) == {"fp32", "int8-dynamic", "pruned-unstructured"}
+
+
 def test_two_builds_of_one_model_do_not_mix(onnx_digits: Path) -> None:
     """While another process holds the model, a build refuses instead of overwriting its manifest."""
     folder = os.open(onnx_digits, os.O_RDONLY)
@@ -292,6 +321,8 @@ def test_the_manifest_vouches_for_all_that_a_server_loads(built_digits: Built) -
     for file in manifest["files"]:
         version.verify(file)
     assert {"torch", "onnx", "onnxruntime", "torch-pruning", "python"} <= set(manifest["tools"])
+    weights = version.path / "source/model.safetensors"
+    assert manifest["variants"]["fp32"]["parent_sha256"] == file_sha256(weights)
     parent = version.cards()["fp32"].sha256
     assert {manifest["variants"][name]["parent_sha256"] for name in ("amp", "pruned", "int8-static")} == {parent}
 

@@ -102,6 +102,8 @@ def run(*arguments: str) -> int:
         (["serve", "--models", ".", "--host", "0.0.0.0"], "--insecure-bind"),  # noqa: S104
         (["serve", "--model", "."], "--model"),
         (["build"], "PATH"),
+        (["build", "m", "--variants", ""], "'' has an empty name in it"),
+        (["build", "m", "--variants", "fp32,"], "'fp32,' has an empty name in it"),
         (["explain", "digits", "--latency-ms", "soon"], "--latency-ms"),
         (["variants", "--tls-ca", "/nowhere/ca.pem"], "cannot be read"),
     ],

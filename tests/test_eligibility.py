@@ -66,6 +66,13 @@ def test_slower_than_the_reference_is_no_benefit() -> None:
     assert states(REFERENCE, variant("int8", 0.01, 900, 4000))["int8"] is State.ELIGIBLE
 
 
+def test_only_what_is_really_served_counts_as_speed() -> None:
+    """A variant that runs alone gains nothing from its batches, nor does it dominate a batching one by them."""
+    assert states(REFERENCE, variant("lstm", 0.01, 1100, 1200, batchable=False))["lstm"] is State.NO_BENEFIT
+    solo = variant("solo", 0.02, 400, 450, batchable=False)
+    assert states(REFERENCE, variant("batching", 0.01, 380, 600), solo)["solo"] is State.DOMINATED
+
+
 def test_slower_and_proven_better_is_eligible() -> None:
     """A variant that is proven more accurate than the reference may be slower."""
     assert states(REFERENCE, variant("qat", -0.01, 4000, 7000, score=0.95))["qat"] is State.ELIGIBLE

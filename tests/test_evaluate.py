@@ -304,3 +304,32 @@ def test_spread_takes_from_the_whole_set() -> None:
     some = spread(samples, 5)
     assert some.target is not None
     assert some.target.tolist() == [0, 24, 49, 74, 99]
+
+
+@pytest.mark.parametrize("metric", ["top1", "macro_f1", "agreement"])
+def test_a_row_that_is_not_finite_is_never_right(metric: Any) -> None:
+    """A NaN or infinite row counts neither as class 0, which is the truth here, nor as fp32's own such row."""
+    reference, labels = one_hot([0, 0, 0, 0]), np.zeros(4, np.int64)
+    broken = reference.copy()
+    broken[0, 1], broken[1, 0] = np.nan, np.inf
+    found = compare(broken, reference, labels, metric, "classification")
+    assert found.agreement.interval().value == 0.5
+    assert found.drop.interval().value > 0.3
+    assert compare(broken, broken, None, metric, "classification").agreement.interval().value == 0.5
+
+
+def test_a_regression_with_one_nan_has_no_r2_and_does_not_agree_there() -> None:
+    """The sample disagrees and the variant's r2 is 0: its error has no bound."""
+    reference = np.arange(8, dtype=np.float32).reshape(4, 2)
+    broken = reference.copy()
+    broken[2, 0] = np.nan
+    found = compare(broken, reference, None, "r2", "regression")
+    assert (found.score.interval().value, found.agreement.interval().value) == (0.0, 0.75)
+
+
+@pytest.mark.parametrize(("metric", "task"), [("cosine", "embedding"), ("r2", "regression")])
+def test_few_samples_prove_little_by_any_metric(metric: Any, task: Any) -> None:
+    """Two perfect answers leave the drop as wide as Tango's interval would: no bootstrap of equals is certain."""
+    answers = np.array([[1.0, 2.0], [3.0, 5.0]], np.float32)
+    drop = compare(answers, answers, None, metric, task).drop.interval()
+    assert drop.high == pytest.approx(Z * Z / (2 + Z * Z))

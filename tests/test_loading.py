@@ -15,12 +15,14 @@ import pytest
 from factory_fixtures import build_in_process
 from serving import asking, request_for, serving
 
+from server import loading
 from server.loading import Host, load_model
 from server.models import ServedModel
-from variants.hardware import detect_hardware
+from variants.hardware import Hardware, detect_hardware
 from variants.measure import ProfileCache
 from variants.repository import ModelFolder, RepositoryError, VersionFolder, file_sha256
 from variants.runtimes import available_runtimes
+from variants.runtimes.onnxruntime_runtime import OnnxRuntime
 from variants.variant import State, Verdict
 
 HARDWARE = detect_hardware()
@@ -33,6 +35,7 @@ def host(tmp_path: Path) -> Host:
         hardware=HARDWARE,
         device="cpu",
         threads=1,
+        executors=1,
         runtimes=available_runtimes(1),
         profiles=ProfileCache(tmp_path / "profiles"),
         default_latency_ns=1_000_000_000,
@@ -193,10 +196,17 @@ def test_an_artefact_that_is_not_the_manifests_is_never_loaded(
 
 
 def test_a_card_that_was_changed_is_not_believed(repository: Path, host: Host) -> None:
-    """Raising a variant's score by hand makes the model fail with the reason."""
+    """Raising a variant's score by hand sets that variant aside with the reason; the reference's takes the model."""
     models.add_ladder(repository)
-    card = repository / "ladder" / "1" / "variants" / "int8-static" / "card.json"
-    card.write_text(card.read_text().replace("0.95", "0.99"))
+    variants = repository / "ladder" / "1" / "variants"
+    for variant, score in (("int8-static", "0.95"), ("fp32", "0.99")):
+        card = variants / variant / "card.json"
+        card.write_text(card.read_text().replace(score, "0.999"))
+        if variant == "int8-static":
+            model = load_model(ModelFolder(repository / "ladder"), host)
+            assert states(model) == {"fp32": State.ELIGIBLE, "int8-static": State.UNSUPPORTED}
+            assert "changed since it was built" in reason(model, "int8-static")
+            assert model.cards["int8-static"].gate.verdict is Verdict.UNVERIFIED
     with pytest.raises(RepositoryError, match="changed since it was built"):
         load_model(ModelFolder(repository / "ladder"), host)
 
@@ -209,8 +219,8 @@ def test_names_cannot_lead_out_of_the_repository(repository: Path, host: Host) -
         load_model(ModelFolder(repository / "m"), host)
     version = models.add_ladder(repository)
     _rewrite_manifest(version, "variants/int8-static/", "variants/../../../elsewhere/")
-    with pytest.raises(RepositoryError):
-        load_model(ModelFolder(repository / "ladder"), host)
+    model = load_model(ModelFolder(repository / "ladder"), host)
+    assert states(model) == {"fp32": State.ELIGIBLE, "int8-static": State.UNSUPPORTED}
 
 
 def _rewrite_manifest(version: VersionFolder, old: str, new: str) -> None:
@@ -251,8 +261,97 @@ def test_profiles_are_remembered(repository: Path, host: Host, caplog: pytest.Lo
     again = load_model(ModelFolder(repository / "ladder"), host)
     assert "measuring" not in caplog.text
     assert [v.profile for v in again.variants] == [v.profile for v in first.variants]
-    load_model(ModelFolder(repository / "ladder"), replace(host, threads=2))
-    assert "measuring" in caplog.text
+    for other in (replace(host, threads=2), replace(host, executors=2)):
+        load_model(ModelFolder(repository / "ladder"), other)
+        assert "measuring" in caplog.text
+        caplog.clear()
+
+
+def test_a_profile_of_short_inputs_is_not_reused_for_long_ones(repository: Path, host: Host) -> None:
+    """Data that shows longer sequences than the invented ones have the model measured anew."""
+    folder = models.add(repository, "tokens", models.tokens())
+    short = load_model(ModelFolder(folder), host).variants[0].profile
+    (folder / "model.yaml").write_text("evaluation: {data: evaluation.npz}")
+    np.savez(folder / "1" / "evaluation.npz", ids=np.ones((2, 20000), np.int64), mask=np.ones((2, 20000), np.float32))
+    long = load_model(ModelFolder(folder), host).variants[0].profile
+    assert short is not None
+    assert long is not None
+    assert long.latency_ns(32) > 2 * short.latency_ns(32)
+
+
+def test_a_variant_that_fails_when_it_runs_harms_no_other(repository: Path, host: Host) -> None:
+    """It loads, raises on real inputs and is set aside with the runtime's words; the rest serves."""
+    models.add_ladder(repository)
+    models.add_variant(repository, "ladder", "int8-dynamic", models.picky(7))
+    model = load_model(ModelFolder(repository / "ladder"), host)
+    assert states(model)["int8-dynamic"] is State.UNSUPPORTED
+    assert "on onnxruntime it fails at batch size 1" in reason(model, "int8-dynamic")
+    assert set(model.sessions) == {"fp32", "int8-static"}
+
+
+def test_what_says_that_batch_mates_matter_runs_alone_without_evidence_too(repository: Path, host: Host) -> None:
+    """A recipe's own `batch_invariant: false` counts where nothing was measured."""
+    models.add_ladder(repository)
+    said: dict[str, object] = {"batch_invariant": False}
+    models.add_variant(repository, "ladder", "lstm", models.mlp(256, 1), verdict=Verdict.UNVERIFIED, parameters=said)
+    model = load_model(ModelFolder(repository / "ladder"), replace(host, allow_unverified=True))
+    assert {v.name: v.batchable for v in model.variants} == {"fp32": True, "int8-static": True, "lstm": False}
+
+
+def test_eight_bit_weights_need_a_cpu_like_the_one_they_were_proven_on(repository: Path, host: Host) -> None:
+    """Proven with VNNI, unsupported without: the sums would saturate."""
+    models.add_ladder(repository)
+    needs: dict[str, object] = {"precision": "int8", "exact_int8_sums": True}
+    models.add_variant(repository, "ladder", "int8-dynamic", models.mlp(256, 1), requirements=needs)
+    for isa, state in (({"AVX2"}, State.UNSUPPORTED), ({"AVX2", "AVX512_VNNI"}, State.ELIGIBLE)):
+        here = replace(host, hardware=replace(host.hardware, isa=frozenset(isa)))
+        model = load_model(ModelFolder(repository / "ladder"), here)
+        assert states(model)["int8-dynamic"] is state
+    assert "VNNI" not in reason(model, "int8-dynamic")
+
+
+def test_evidence_from_a_cpu_proves_nothing_on_cuda(repository: Path, host: Host) -> None:
+    """A pruned fp32 graph that passed on a CPU is refused on a GPU before anything is loaded."""
+    models.add_ladder(repository)
+    version = models.add_variant(repository, "ladder", "pruned", models.mlp(256, 1))
+    card = version.card("pruned")
+    assert card is not None
+    gpu = replace(host, device="cuda", runtimes={"onnxruntime": host.runtimes["onnxruntime"]})
+    found, why = loading._candidates(version, card, gpu)
+    assert (found, "measured on a CPU and proves nothing about cuda" in why) == ([], True)
+
+
+class Emulator(OnnxRuntime):
+    """Another runtime, which runs what ONNX Runtime does not."""
+
+    name = "torch"
+
+    def why_not(self, artefact: Path, precision: str, hardware: Hardware) -> str | None:
+        """It runs everything."""
+        return None
+
+
+def test_the_unverified_may_run_on_any_runtime_that_loads_it(repository: Path, host: Host) -> None:
+    """A bf16 variant, which ONNX Runtime cannot run, takes traffic on another runtime once the operator allows it."""
+    models.add_ladder(repository)
+    models.add_variant(
+        repository, "ladder", "amp", models.mlp(256, 1), verdict=Verdict.UNVERIFIED, requirements={"precision": "bf16"}
+    )
+    here = replace(host, allow_unverified=True, runtimes={"onnxruntime": OnnxRuntime(), "torch": Emulator()})
+    model = load_model(ModelFolder(repository / "ladder"), here)
+    assert {v.name: v.runtime for v in model.variants if v.state is State.ELIGIBLE}["amp"] == "torch"
+
+
+def test_data_changed_since_the_build_is_not_measured_with(
+    repository: Path, host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A built version's evaluation data are read only if they are the manifest's."""
+    (repository / "ladder").mkdir()
+    (repository / "ladder" / "model.yaml").write_text("evaluation: {data: evaluation.npz}")
+    version = models.add_ladder(repository)
+    np.savez(version.path / "evaluation.npz", x=np.ones((3, 256), np.float32))
+    load_model(ModelFolder(repository / "ladder"), host)
+    assert "'evaluation.npz' is not in the manifest" in caplog.text
 
 
 def test_real_data_is_measured_with_where_there_is_any(repository: Path, host: Host) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from variants.measure import (
     DEFAULT_DIM,
+    Example,
     ProfileCache,
     ProfileKey,
-    measure_profile,
+    find_failures,
     measure_profiles,
     profile_batch_sizes,
     synthetic_inputs,
@@ -62,6 +63,24 @@ ONE_SAMPLE = {"x": np.zeros((1, 2), np.float32)}
 def test_batch_sizes(largest: int, sizes: tuple[int, ...]) -> None:
     """The ladder holds the powers of two and always the largest batch itself."""
     assert profile_batch_sizes(largest) == sizes
+
+
+def measure_profile(session: Session, example: Example, sizes: tuple[int, ...], **more: Any) -> LatencyProfile:
+    """The profile of a session that is measured alone."""
+    return measure_profiles({"": session}, example, sizes, **more)[""]
+
+
+def test_a_session_that_fails_is_found_and_harms_no_other() -> None:
+    """What raises at a larger batch is named with the size and its own words; its neighbour has nothing to say."""
+    clock = Clock()
+
+    def fail(size: int, _: int) -> int:
+        if size > 1:
+            raise ValueError("no room\nfor two")
+        return MS
+
+    sessions: dict[str, Session] = {"bad": Sleeper(clock, fail), "good": Sleeper(clock, lambda _size, _run: MS)}
+    assert find_failures(sessions, ONE_SAMPLE, (1, 2, 4)) == {"bad": "it fails at batch size 2: no room for two"}
 
 
 def test_latencies_are_those_of_the_session() -> None:
@@ -172,7 +191,7 @@ def test_synthetic_inputs_without_a_batch() -> None:
     assert (inputs["sequence"].shape, inputs["scale"].shape) == ((DEFAULT_DIM, 2), ())
 
 
-KEY = ProfileKey("ab" * 32, "onnxruntime", "1.2.3", "fp32", 1, "cpu", "host", (1, 2, 4))
+KEY = ProfileKey("ab" * 32, "onnxruntime", "1.2.3", "fp32", 1, "cpu", "host", (1, 2, 4), ("x float32 (1, 2)",), 1)
 PROFILE = LatencyProfile((1, 2, 4), (10, 20, 30))
 
 

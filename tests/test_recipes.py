@@ -19,6 +19,7 @@ from variants.cost import cost_of, count_flops
 from variants.data import Samples
 from variants.hardware import CudaDevice, Hardware
 from variants.model_config import ModelConfig
+from variants.recipes import quantize
 from variants.recipes.precision import make_amp
 from variants.recipes.prune import PruneChannels, PruneUnstructured, prune_channels, prune_unstructured
 from variants.recipes.quantize import QuantizeDynamic, QuantizeStatic, quantize_dynamic, quantize_static
@@ -132,6 +133,58 @@ def test_weights_keep_to_seven_bits_where_sums_would_saturate(tmp_path: Path, is
         made = quantize_dynamic(ingredients(graph, tmp_path, hardware=hardware), parameters).files["model.onnx"]
         constants = [numpy_helper.to_array(tensor) for tensor in onnx.load(made).graph.initializer]
         assert max(int(np.abs(c.astype(int)).max()) for c in constants if c.dtype == np.int8) == expected
+
+
+def test_dynamic_int8_keeps_what_only_a_branch_reads(tmp_path: Path) -> None:
+    """A weight that a product and the branches of an If read stays, and the graph still runs."""
+    weight = np.random.default_rng(0).normal(size=(4, 4))
+    path = product_graph(tmp_path / "g.onnx", weight)
+    model = onnx.load(path)
+    branches = [
+        helper.make_graph(
+            [helper.make_node(operator, ["product", "w"], [f"{operator}_y"])], operator, [],
+            [helper.make_tensor_value_info(f"{operator}_y", TensorProto.FLOAT, ["batch", 4])],
+        )
+        for operator in ("MatMul", "Gemm")
+    ]  # fmt: skip
+    model.graph.node[0].output[0] = "product"
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "go"))
+    model.graph.node.append(helper.make_node("If", ["go"], ["y"], then_branch=branches[0], else_branch=branches[1]))
+    onnx.save(model, path)
+    made = quantize_dynamic(ingredients(path, tmp_path), QuantizeDynamic()).files["model.onnx"]
+    x = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
+    np.testing.assert_allclose(run(made, x=x), run(path, x=x), atol=0.5)
+
+
+def test_dynamic_int8_leaves_no_weight_behind_as_an_input(tmp_path: Path) -> None:
+    """Old files list their weights among the inputs: a replaced one must not become a tensor that clients owe."""
+    path = product_graph(tmp_path / "g.onnx", np.eye(4))
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 4]))
+    onnx.save(model, path)
+    made = quantize_dynamic(ingredients(path, tmp_path), QuantizeDynamic()).files["model.onnx"]
+    assert read_signature(made) == read_signature(path)
+    assert run(made, x=np.ones((1, 4), np.float32)).shape == (1, 4)
+
+
+def test_a_quantised_graph_that_does_not_run_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a rewrite breaks is found on the spot, not by the first client: here the product's output is lost."""
+
+    def lose_a_node(graph: onnx.GraphProto) -> None:
+        del graph.node[-1]
+
+    monkeypatch.setattr(quantize, "_drop_unused_weights", lose_a_node)
+    graph = product_graph(tmp_path / "g.onnx", np.eye(4))
+    with pytest.raises(RecipeRejected, match="the quantised graph cannot be loaded"):
+        quantize_dynamic(ingredients(graph, tmp_path), QuantizeDynamic())
+
+
+def test_a_mistyped_node_is_not_excluded_in_silence(tmp_path: Path) -> None:
+    """`exclude` of a node that is not there is rejected, and the nearest is named."""
+    graph = product_graph(tmp_path / "g.onnx", np.eye(4), name="dense_1")
+    samples = Samples({"x": np.ones((4, 4), np.float32)}, None)
+    with pytest.raises(RecipeRejected, match="no node 'dens_1'; did you mean 'dense_1'"):
+        quantize_static(ingredients(graph, tmp_path, samples), QuantizeStatic(exclude=["dens_1"]))
 
 
 class Recurrent(torch.nn.Module):
@@ -321,6 +374,19 @@ def test_an_unfaithful_export_is_refused(tmp_path: Path) -> None:
     """The graph is compared with the module at batch sizes 1, 3 and 9 before anything is made from it."""
     with pytest.raises(RepositoryError, match=r"differs from it at batch 9|cannot be exported"):
         export_graph(Unfaithful(), {"x": np.ones((9, 2), np.float32)}, tmp_path / "g.onnx", batched=True)
+
+
+class NotANumber(torch.nn.Module):
+    """A module whose export answers NaN, which no comparison with a tolerance calls too large."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float("nan") if torch.onnx.is_in_onnx_export() else x * 2
+
+
+def test_an_export_that_answers_nan_is_refused(tmp_path: Path) -> None:
+    """NaN is a difference."""
+    with pytest.raises(RepositoryError, match="differs from it at batch 1"):
+        export_graph(NotANumber(), {"x": np.ones((9, 2), np.float32)}, tmp_path / "g.onnx", batched=True)
 
 
 def test_two_models_may_both_have_a_module_of_the_same_name(tmp_path: Path) -> None:

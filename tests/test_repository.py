@@ -263,3 +263,47 @@ def test_reading_a_repository_imports_neither_torch_nor_onnx() -> None:
     top = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=top)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_write_that_the_manifest_does_not_know_is_undone(
+    version: VersionFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk or a kill after the swap and before the manifest leaves, or brings back, the old variant."""
+    write(version, card())
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VersionFolder, "write_manifest", full)
+        with pytest.raises(OSError, match="no space left"):
+            write(version, card(sha256="bb"), content=b"new")
+        assert version.artefact("fp32", "model.onnx").read_bytes() == b"abc"
+        patch.setattr(VersionFolder, "recover", lambda _: None)  # a kill runs no clean-up
+        with pytest.raises(OSError, match="no space left"):
+            write(version, card(sha256="bb"), content=b"new")
+    assert (version.path / "variants/fp32/model.onnx").read_bytes() == b"new"
+    version.recover()
+    assert version.cards() == {"fp32": card()}
+    assert [path.name for path in (version.path / "variants").iterdir()] == ["fp32"]
+
+
+def test_evidence_of_other_data_than_the_references_is_stale(version: VersionFolder) -> None:
+    """A variant measured before the evaluation data changed is left out until it is measured again."""
+    origin = version.path / "made"
+    origin.write_bytes(b"abc")
+    for name, parent, data in (("fp32", None, "new"), ("amp", "fp32", "old"), ("pruned", "fp32", "new")):
+        entry = ManifestEntry(parent_sha256="aa", evaluation_sha256=data)
+        version.write_variant(card(name, parent), {"model.onnx": origin}, entry)
+    assert set(version.cards()) == {"fp32", "pruned"}
+
+
+def test_one_damaged_card_leaves_the_others_readable(version: VersionFolder) -> None:
+    """`card` reads one card and its parent's, so a neighbour's damage is its own."""
+    write(version, card())
+    write(version, card("amp", "fp32"), parent_sha256="aa")
+    write(version, card("pruned", "fp32"), parent_sha256="aa")
+    (version.path / "variants/amp/card.json").write_text("{}")
+    assert version.card("pruned") == card("pruned", "fp32")
+    with pytest.raises(RepositoryError, match="changed since it was built"):
+        version.card("amp")

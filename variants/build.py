@@ -17,7 +17,7 @@ from pathlib import Path
 
 from variants.cost import cost_of
 from variants.data import DataSets, match_sets, read_files, spread, targets_of
-from variants.hardware import Hardware, detect_hardware
+from variants.hardware import Hardware, detect_hardware, needs_reduced_range
 from variants.model_config import RepositoryError, nearest
 from variants.plan import Planned, is_current, plan, tool_versions
 from variants.progress import Advance, Reporter
@@ -62,6 +62,9 @@ def build(
             except RepositoryError as error:
                 reporter.error(str(error))
                 codes.append(2)
+            except Exception as error:  # a full disk, or a reference that cannot be made: the others get their turn
+                reporter.error(f"{model.path}: {type(error).__name__}: {_in_a_line(error)}")
+                codes.append(1)
     except KeyboardInterrupt:
         reporter.error("interrupted; finished variants are kept, nothing is half written")
         return 130
@@ -124,14 +127,25 @@ class _Factory:
         label = f"{self.version.model.name} {planned.name}"
         with self.reporter.step(label) as advance:
             card, files, crashed = self._attempt(planned, advance)
-            parent = file_sha256(self.source.graph if card.parent is None else self._reference_artefact())
-            entry = ManifestEntry(fingerprint="" if crashed else planned.fingerprint, parent_sha256=parent)
+            entry = ManifestEntry(
+                fingerprint="" if crashed else planned.fingerprint,
+                parent_sha256=file_sha256(self._parent(card)),
+                evaluation_sha256=self._evaluation_sha256(),
+            )
             self.version.write_variant(card, files, entry)
         self.reporter.line(f"{label}: {card.gate.verdict}: {card.gate.reason}")
         return not crashed
 
-    def _reference_artefact(self) -> Path:
+    def _parent(self, card: Card) -> Path:
+        """What a variant was made from: the reference's artefact, or for the reference the source as it was given."""
+        given = self.version.source.onnx or self.version.source.weights
+        if card.parent is None and given is not None:
+            return self.version.resolve(given)
         return self.version.artefact(REFERENCE, "model.onnx")
+
+    def _evaluation_sha256(self) -> str | None:
+        evaluation = self.version.model.config.evaluation
+        return None if evaluation is None else file_sha256(self.version.resolve(evaluation.data))
 
     def _attempt(self, planned: Planned, advance: Advance) -> tuple[Card, Mapping[str, Path], bool]:
         """The card and files of a variant, and whether its recipe crashed; the reference must not fail."""
@@ -147,8 +161,7 @@ class _Factory:
         except Exception as error:  # whatever goes wrong inside one recipe, the others still deserve their turn
             if planned.name == REFERENCE:
                 raise
-            message = " ".join(str(error).split())[:300]
-            return _rejected(planned, f"the recipe crashed: {type(error).__name__}: {message}"), {}, True
+            return _rejected(planned, f"the recipe crashed: {type(error).__name__}: {_in_a_line(error)}"), {}, True
 
     def _ingredients(self, planned: Planned, advance: Advance) -> Ingredients:
         work = self.work / planned.name
@@ -177,7 +190,7 @@ class _Factory:
             artefact=product.artefact,
             sha256=artefacts[product.artefact],
             parent=None if planned.name == REFERENCE else REFERENCE,
-            requirements={"precision": product.precision},
+            requirements=self._requirements(product),
             size_bytes=cost.size_bytes,
             compressed_bytes=cost.compressed_bytes,
             weights=cost.weights,
@@ -187,12 +200,17 @@ class _Factory:
             artefacts=artefacts,
         )
 
+    def _requirements(self, product: Product) -> dict[str, object]:
+        """What a host needs: 8-bit weights were proven here only if sums of their products do not saturate here."""
+        is_wide = product.facts.get("reduce_range") is False and not needs_reduced_range(self.hardware)
+        return {"precision": product.precision} | ({"exact_int8_sums": True} if is_wide else {})
+
     def vouch_for_data(self) -> None:
         """Put the evaluation data, which a server may load to verify again, and the tools into the manifest."""
         manifest, config = self.version.manifest(), self.version.model.config
         files = {file: sha for file, sha in manifest.files.items() if file.startswith("variants/")}
-        if config.evaluation is not None:
-            files[config.evaluation.data] = file_sha256(self.version.resolve(config.evaluation.data))
+        if config.evaluation is not None and (sha256 := self._evaluation_sha256()) is not None:
+            files[config.evaluation.data] = sha256
         self.version.write_manifest(manifest.model_copy(update={"files": files, "tools": tool_versions()}))
 
     def summarise(self) -> None:
@@ -233,6 +251,10 @@ def _use_our_cores(source: Source, hardware: Hardware) -> None:
         import torch
 
         torch.set_num_threads(hardware.cores)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _rejected(planned: Planned, reason: str) -> Card:

@@ -2,6 +2,7 @@
 
 Rules of this file: scores lie in [0, 1], higher is better; an accuracy drop is in absolute points, reference minus
 variant on the same samples; the reference answers are fp32's on ONNX Runtime; the first output is the one judged.
+An answer that is not finite is never right and agrees with nothing, not even with another such answer.
 The gate believes bounds, not point values (see `judge`).
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,9 @@ AGREEMENT_COSINE = 0.98
 
 AGREEMENT_TOLERANCE = 0.05
 """Any other answer agrees when its distance to fp32's is at most this share of the fp32 answers' RMS."""
+
+INVARIANT = 1e-3
+"""The largest absolute difference between an answer alone and in a batch that still counts as none."""
 
 INVARIANCE_SAMPLES = 32
 """How many samples are run alone and together to measure batch invariance."""
@@ -74,7 +77,10 @@ def batch_invariance(session: Session, inputs: Mapping[str, Array], batch_size: 
 def _largest_difference(a: Array, b: Array) -> float:
     if a.dtype.kind in "OUSb":
         return float(np.any(a != b))
-    return float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64)), initial=0.0))
+    left, right = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        apart = np.where((left == right) | (np.isnan(left) & np.isnan(right)), 0.0, np.abs(left - right))
+    return float(np.max(np.nan_to_num(apart, nan=np.inf), initial=0.0).clip(max=np.finfo(np.float64).max))  # JSON
 
 
 def compare(answers: Array, reference: Array, target: Array | None, metric: Metric, task: Task) -> Comparison:
@@ -82,10 +88,10 @@ def compare(answers: Array, reference: Array, target: Array | None, metric: Metr
 
     Raises RepositoryError when answers or target do not have the form that the metric needs.
     """
-    if not np.all(np.isfinite(answers)):
-        answers = np.nan_to_num(answers.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)  # wrong, but countable
     n = len(answers)
-    agrees = _agrees(answers, reference, task)
+    agrees = np.zeros(n, np.bool_)
+    if (sane := _finite(answers) & _finite(reference)).any():
+        agrees[sane] = _agrees(answers[sane], reference[sane], task)
     agreement = Proportion(int(agrees.sum()), n)
     if metric == "agreement":
         return Comparison(agreement, agreement, PairedDrop(n - int(agrees.sum()), 0, n), n)
@@ -110,12 +116,19 @@ def _agrees(answers: Array, reference: Array, task: Task) -> npt.NDArray[np.bool
     return np.asarray(np.linalg.norm(flat - flat_reference, axis=1) <= AGREEMENT_TOLERANCE * scale)
 
 
+def _finite(values: Array) -> npt.NDArray[np.bool_]:
+    """Which samples have no NaN and no infinity in them."""
+    if values.dtype.kind in "OUSbiu":
+        return np.ones(len(values), np.bool_)
+    return np.asarray(np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+
+
 Estimates = tuple[Estimate, Estimate, Estimate]
 
 
 def _top1(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
     truth = _labels(target, reference)
-    right, reference_right = _classes(answers) == truth, _classes(reference) == truth
+    right, reference_right = ((found == truth) & (found >= 0) for found in (_classes(answers), _classes(reference)))
     lost, won = int(np.sum(reference_right & ~right)), int(np.sum(right & ~reference_right))
     return Proportion(int(right.sum()), len(truth)), agreement, PairedDrop(lost, won, len(truth))
 
@@ -143,11 +156,15 @@ def _r2(answers: Array, reference: Array, target: Array | None, agreement: Estim
     truth, guess, reference_guess = _rows(reference if target is None else target), _rows(answers), _rows(reference)
     if truth.shape != guess.shape:
         raise RepositoryError(f"r2 needs a target of the output's shape {guess.shape}, got {truth.shape}")
+    if not np.isfinite(truth).all():
+        raise RepositoryError("r2 needs finite targets (fp32's own answers where there is no target)")
+    floor = PairedDrop(0, 0, len(truth))
 
     def drop(rows: Indices) -> float:
         return r2(truth[rows], reference_guess[rows]) - r2(truth[rows], guess[rows])
 
-    return bootstrap(lambda rows: r2(truth[rows], guess[rows]), len(truth)), agreement, bootstrap(drop, len(truth))
+    score = bootstrap(lambda rows: r2(truth[rows], guess[rows]), len(truth), floor)
+    return score, agreement, bootstrap(drop, len(truth), floor)
 
 
 _SCORES: dict[Metric, Callable[[Array, Array, Array | None, Estimate], Estimates]] = {
@@ -159,21 +176,31 @@ _SCORES: dict[Metric, Callable[[Array, Array, Array | None, Estimate], Estimates
 
 
 def macro_f1(truth: Array, guess: Array) -> float:
-    """The mean over classes that occur of 2·TP/(2·TP+FP+FN), in [0, 1]."""
+    """The mean over classes that occur of 2·TP/(2·TP+FP+FN), in [0, 1]; -1 is no answer and so never right."""
     classes = int(max(truth.max(), guess.max())) + 1
-    hits = np.bincount(truth[truth == guess], minlength=classes)
-    occurrences = np.bincount(truth, minlength=classes) + np.bincount(guess, minlength=classes)
+    hits, real, guessed = (
+        np.bincount(found[found >= 0], minlength=classes) for found in (truth[truth == guess], truth, guess)
+    )
+    occurrences = real + guessed
+    if not occurrences.any():
+        return 0.0
     return float(np.mean(2 * hits[occurrences > 0] / occurrences[occurrences > 0]))
 
 
 def r2(truth: Array, guess: Array) -> float:
-    """The coefficient of determination over all outputs [samples, outputs], clipped to [0, 1]; 0 without variance."""
+    """The coefficient of determination over all outputs [samples, outputs], clipped to [0, 1]; 0 without variance.
+
+    A guess that is not finite is infinitely wrong.
+    """
+    if not np.isfinite(guess).all():
+        return 0.0
     spread = float(np.sum((truth - truth.mean(axis=0)) ** 2))
     return max(0.0, 1.0 - float(np.sum((truth - guess) ** 2)) / spread) if spread else 0.0
 
 
 def _mean(values: Array) -> Bootstrapped:
-    return bootstrap(lambda rows: float(values[rows].mean()), len(values))
+    floor = PairedDrop(0, 0, len(values))
+    return bootstrap(lambda rows: float(values[rows].mean()), len(values), floor)
 
 
 def _rows(values: Array) -> npt.NDArray[np.float64]:
@@ -184,16 +211,19 @@ def _cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
     left, right = _rows(a), _rows(b)
     if left.shape != right.shape:
         raise RepositoryError(f"cosine needs a target of the output's shape {left.shape}, got {right.shape}")
+    sane = (_finite(left) & _finite(right))[:, None]
+    left, right = np.where(sane, left, 0.0), np.where(sane, right, 0.0)
     norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     return np.asarray(np.sum(left * right, axis=1) / np.maximum(norms, 1e-30))
 
 
 def _classes(answers: Array) -> Array:
+    """Class numbers [samples], -1 where an answer is not finite."""
     if answers.ndim != 2 or answers.shape[1] < 2:
         raise RepositoryError(
             f"classification needs an output of [batch, classes], got {['batch', *answers.shape[1:]]}"
         )
-    return np.asarray(answers.argmax(axis=1))
+    return np.where(_finite(answers), answers.argmax(axis=1), -1)
 
 
 def _labels(target: Array | None, reference: Array) -> Array:
@@ -282,8 +312,3 @@ def overall(verdicts: Mapping[str, Gate]) -> Gate:
         if runtimes:
             return Gate(verdict, "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in runtimes.items()))
     return Gate(Verdict.UNVERIFIED, "no runtime here could run it")
-
-
-def primary(outputs: Sequence[Any]) -> Array:
-    """The output that is judged: the first."""
-    return np.asarray(outputs[0])

@@ -73,6 +73,11 @@ def possible_precision(hardware: Hardware, device: str) -> AmpPrecision:
     return AmpPrecision(None, "this CPU has neither AMX_BF16 nor AVX512_BF16, and fp16 is never faster on a CPU")
 
 
+def needs_reduced_range(hardware: Hardware) -> bool:
+    """Whether this x86 CPU adds pairs of U8S8 products in 16 bits, where 8-bit weights would saturate: no VNNI."""
+    return "AVX2" in hardware.isa and not hardware.isa & {"AVX512_VNNI", "AVX_VNNI", "AMX_INT8"}
+
+
 def detect_hardware(root: Path = Path("/")) -> Hardware:
     """Read the host below `root`. Whatever cannot be read falls back to the modest answer: one core, no flags."""
     cpu, isa, processors = _cpu(root)

@@ -65,16 +65,18 @@ def synthetic_inputs(specs: Sequence[TensorSpec], batch_size: int, *, batch_axis
     return inputs
 
 
-def measure_profile(
-    session: Session,
-    example: Example,
-    batch_sizes: Sequence[int],
-    *,
-    budget_s: float,
-    clock: Callable[[], int] = time.perf_counter_ns,
-) -> LatencyProfile:
-    """The latency profile of one session; see `measure_profiles`."""
-    return measure_profiles({"": session}, example, batch_sizes, budget_s=budget_s, clock=clock)[""]
+def find_failures(sessions: Mapping[Key, Session], example: Example, batch_sizes: Sequence[int]) -> dict[Key, str]:
+    """The sessions that cannot run the example at one of the batch sizes, and why: they must not be measured."""
+    failures: dict[Key, str] = {}
+    for size in sorted(set(batch_sizes)):
+        inputs = _batch(example, size)
+        for key, session in sessions.items():
+            if key not in failures and (size == 1 or session.batch_axis):
+                try:
+                    session.run(inputs)
+                except Exception as error:  # every runtime raises its own
+                    failures[key] = f"it fails at batch size {size}: {' '.join(str(error).split())[:300]}"
+    return failures
 
 
 def measure_profiles(
@@ -141,9 +143,14 @@ def _time_run(session: Session, inputs: Inputs, clock: Callable[[], int]) -> int
     return max(1, clock() - start)
 
 
+def describe_inputs(example: Example) -> tuple[str, ...]:
+    """Name, dtype and shape of every input of one sample, since a longer sequence is another latency."""
+    return tuple(f"{name} {array.dtype} {array.shape}" for name, array in sorted(_batch(example, 1).items()))
+
+
 @dataclass(frozen=True, slots=True)
 class ProfileKey:
-    """All that a latency profile depends on; `host` is `Hardware.fingerprint`."""
+    """All that a latency profile depends on; `host` is `Hardware.fingerprint`, `inputs` is `describe_inputs`."""
 
     artefact_sha256: str
     runtime: str
@@ -153,6 +160,8 @@ class ProfileKey:
     device: str
     host: str
     batch_sizes: tuple[int, ...]
+    inputs: tuple[str, ...]
+    executors: int
 
 
 class ProfileCache:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from variants.hardware import Hardware, possible_precision
+from variants.hardware import Hardware, needs_reduced_range, possible_precision
 from variants.model_config import (
     RECIPE_OF_VARIANT,
     RepositoryError,
@@ -28,7 +28,6 @@ from variants.model_config import (
     one_line,
 )
 from variants.recipes import RECIPES
-from variants.recipes.quantize import needs_reduced_range
 from variants.recipes.recipe import Recipe
 from variants.repository import VersionFolder, file_sha256
 from variants.variant import REFERENCE
@@ -76,7 +75,7 @@ def is_current(version: VersionFolder, planned: Planned) -> bool:
         entry = version.manifest().variants.get(planned.name)
         if entry is None or entry.fingerprint != planned.fingerprint:
             return False
-        card = version.cards().get(planned.name)
+        card = version.card(planned.name)
         if card is None:
             return False
         for file in card.artefacts:
@@ -126,32 +125,36 @@ def _inputs(version: VersionFolder) -> dict[str, object]:
     sections = (config.evaluation, config.calibration, config.training)
     files = [section.data for section in sections if section is not None]
     files += [file for file in (version.source.onnx, version.source.weights) if file is not None]
-    said = config.model_dump(mode="json", exclude={"variants", "slo"}) | {"source": version.source.model_dump()}
+    said = config.model_dump(mode="json", exclude={"variants": True, "slo": True, "batching": {"max_queue_delay_ms"}})
+    said |= {"source": version.source.model_dump()}
     return {"said": said, "files": {file: file_sha256(version.resolve(file)) for file in files}, "code": _code(version)}
 
 
-def _code(version: VersionFolder) -> dict[str, str]:
+def _code(version: VersionFolder) -> dict[str, dict[str, str]]:
     """The content of the module that makes a torch source, and of the other Python files beside it."""
     module = version.source.module
     if module is None:
         return {}
-    files = {path for path in version.model.path.rglob("*.py") if path.is_file()}
-    top = module.partition(":")[0].partition(".")[0]
-    for folder in (version.model.path, Path.cwd()):
-        files.update(folder.glob(f"{top}.py"))
-        files.update((folder / top).rglob("*.py"))
-    installed = None if files else importlib.util.find_spec(top)
+    model, here, top = version.model.path, Path.cwd(), module.partition(":")[0].partition(".")[0]
+    code = {
+        "model": _hashes(model, model.rglob("*.py")),
+        "current folder": _hashes(here, [*here.glob(f"{top}.py"), *(here / top).rglob("*.py")]),
+    }
+    installed = None if any(code.values()) else importlib.util.find_spec(top)
     if installed is not None and installed.origin is not None:
-        files.add(Path(installed.origin))
-    return _hashes(files)
+        origin = Path(installed.origin)
+        is_package = origin.name == "__init__.py"
+        code["installed"] = _hashes(origin.parent, origin.parent.rglob("*.py") if is_package else [origin])
+    return code
 
 
 def _factory_sha256() -> dict[str, str]:
     """The content of the code that makes and judges variants: a changed recipe makes changed variants."""
     here = Path(__file__).parent
     paths = [here / name for name in _FACTORY]
-    return _hashes(file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path]))
+    return _hashes(here, (file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])))
 
 
-def _hashes(files: Iterable[Path]) -> dict[str, str]:
-    return {file.name: file_sha256(file) for file in sorted(files)}
+def _hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
+    """sha256 by path below `root`: two files of one name in different folders both count."""
+    return {str(file.relative_to(root)): file_sha256(file) for file in sorted(files) if file.is_file()}

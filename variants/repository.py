@@ -50,13 +50,15 @@ class ManifestEntry(BaseModel):
     """What the manifest knows of one variant: what it was made from.
 
     `fingerprint` covers everything that decides the result; empty means "build again". `parent_sha256` is the
-    parent's artefact (or, for the reference, the source).
+    parent's artefact (or, for the reference, the source), `evaluation_sha256` the data it was measured on: a variant
+    whose reference has another is stale.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     fingerprint: str = ""
     parent_sha256: str | None = None
+    evaluation_sha256: str | None = None
 
 
 class Manifest(BaseModel):
@@ -219,13 +221,23 @@ class VersionFolder:
         return self.verify(f"variants/{variant}/{file}")
 
     def cards(self) -> dict[str, Card]:
-        """The verified cards by variant name; one whose parent has been rebuilt since is stale and left out.
+        """The verified cards by variant name, without stale ones; see `card`. Raises RepositoryError."""
+        found = {name: self.card(name) for name in sorted(self.manifest().variants)}
+        return {name: card for name, card in found.items() if card is not None}
 
-        Raises RepositoryError for a card that was changed or cannot be understood.
+    def card(self, name: str) -> Card | None:
+        """One verified card; None if it is stale: its parent was rebuilt, or measured on other data, since.
+
+        Raises RepositoryError for a card, or a parent's, that was changed or cannot be understood.
         """
-        manifest = self.manifest()
-        cards = {name: self._card(name) for name in sorted(manifest.variants)}
-        return {name: card for name, card in cards.items() if self._is_current(card, cards, manifest)}
+        card, entries = self._card(name), self.manifest().variants
+        if card.parent is None:
+            return card
+        if card.parent not in entries:
+            return None
+        own, parent = entries[name], entries[card.parent]
+        is_current = own.parent_sha256 == self._card(card.parent).sha256
+        return card if is_current and own.evaluation_sha256 == parent.evaluation_sha256 else None
 
     def _card(self, name: str) -> Card:
         path = self.verify(f"variants/{name}/card.json")
@@ -235,18 +247,11 @@ class VersionFolder:
         except ValidationError as error:
             raise RepositoryError(one_line(error, str(path))) from error
 
-    @staticmethod
-    def _is_current(card: Card, cards: Mapping[str, Card], manifest: Manifest) -> bool:
-        if card.parent is None:
-            return True
-        parent = cards.get(card.parent)
-        return parent is not None and manifest.variants[card.variant].parent_sha256 == parent.sha256
-
     def write_variant(self, card: Card, files: Mapping[str, Path], entry: ManifestEntry) -> None:
         """Put a variant in place of its predecessor: artefacts (name -> where they lie now), card, manifest entry.
 
-        The new folder is complete on disk before it takes the old one's place; an interrupt at any moment leaves the
-        old one, or one that `recover` brings back.
+        The new folder is complete on disk before it takes the old one's place, which is kept until the manifest knows
+        the new one; an interrupt at any moment leaves the old one, or one that `recover` brings back.
         """
         target = self.variant_dir(card.variant)
         target.parent.mkdir(exist_ok=True)
@@ -259,9 +264,9 @@ class VersionFolder:
             staged.chmod(0o755)
             hashes = {f"variants/{card.variant}/{file.name}": file_sha256(file) for file in staged.iterdir()}
             _swap_folder(staged, target)
+            self._record(card.variant, hashes, entry)
         finally:
-            shutil.rmtree(staged, ignore_errors=True)
-        self._record(card.variant, hashes, entry)
+            self.recover()
 
     def _record(self, variant: str, hashes: Mapping[str, str], entry: ManifestEntry | None) -> None:
         """Replace a variant's lines of the manifest; None takes the variant out."""
@@ -283,13 +288,24 @@ class VersionFolder:
         shutil.rmtree(self.variant_dir(name), ignore_errors=True)
 
     def recover(self) -> None:
-        """Finish what an interrupted write left behind: bring a predecessor back, sweep half-written folders."""
-        for leftover in (self.path / "variants").glob(".*"):
-            target = leftover.with_name(leftover.name.removeprefix(".old-"))
-            if leftover.name.startswith(".old-") and not target.exists():
-                leftover.rename(target)
-            elif leftover.name.startswith((".new-", ".old-")):
+        """Finish a write, interrupted or not: keep the folder that the manifest knows, sweep what is left over."""
+        for leftover in sorted((self.path / "variants").glob(".*")):
+            name = leftover.name.removeprefix(".old-")
+            if leftover.name.startswith(".old-"):
+                target = leftover.with_name(name)
+                if not target.exists() or (self._is_recorded(name, leftover) and not self._is_recorded(name, target)):
+                    shutil.rmtree(target, ignore_errors=True)
+                    leftover.rename(target)
+            if leftover.name.startswith((".new-", ".old-")):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+    def _is_recorded(self, variant: str, folder: Path) -> bool:
+        """Whether the folder holds exactly what the manifest says of the variant."""
+        prefix = f"variants/{variant}/"
+        known = {
+            file.removeprefix(prefix): sha for file, sha in self.manifest().files.items() if file.startswith(prefix)
+        }
+        return known == {file.name: file_sha256(file) for file in folder.iterdir() if file.is_file()}
 
 
 def _version_numbers(path: Path) -> list[int]:
@@ -323,19 +339,13 @@ def _copy_durably(origin: Path, target: Path) -> None:
 
 
 def _swap_folder(staged: Path, target: Path) -> None:
-    """Rename `staged` to `target`; a predecessor steps aside first and comes back if that fails."""
+    """Rename `staged` to `target`; a predecessor steps aside, and stays there until `recover`."""
     old = target.with_name(f".old-{target.name}")
     _sync_folder(staged)
     if target.exists():
         target.rename(old)
-    try:
-        staged.rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        raise
+    staged.rename(target)
     _sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(path: Path) -> None:

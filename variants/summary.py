@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from variants.data import Array, Samples
-from variants.measure import measure_profiles, synthetic_inputs
+from variants.measure import find_failures, measure_profiles, synthetic_inputs
 from variants.repository import VersionFolder
 from variants.runtimes.runtime import RuntimeUnavailable, Session
 from variants.source import Source
@@ -42,11 +42,13 @@ def measure_speeds(
     """The speed of every built variant that can run here, on one thread, measured in interleaved rounds with fp32."""
     sessions = _sessions(version, verifier)
     reference = (REFERENCE, REFERENCE_RUNTIME)
+    sizes, inputs = sorted({1, max(1, source.max_batch)}), _inputs(source, samples)
+    failures = find_failures(sessions, inputs, sizes)
+    sessions = {key: session for key, session in sessions.items() if key not in failures}
     if reference not in sessions:
         return {}
-    sizes = sorted({1, max(1, source.max_batch)})
     budget_s = SECONDS_PER_SESSION * len(sessions)
-    profiles = measure_profiles(sessions, _inputs(source, samples), sizes, budget_s=budget_s)
+    profiles = measure_profiles(sessions, inputs, sizes, budget_s=budget_s)
     speeds = {}
     for name in {variant for variant, _ in sessions}:
         own = {runtime: profiles[name, runtime] for variant, runtime in sessions if variant == name}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from variants.data import Array, Samples
 from variants.evaluate import (
+    INVARIANT,
     Comparison,
     against_itself,
     batch_invariance,
@@ -50,16 +51,17 @@ class Verifier:
         for runtime, artefact in self.candidates(files, precision):
             try:
                 session = self.load(runtime, artefact, precision)
-                comparison, invariance = self._measure(session, is_reference=self._is_reference(name, runtime))
+                comparison, invariance, sizes = self._measure(session, is_reference=self._is_reference(name, runtime))
             except RepositoryError:
                 raise
             except Exception as error:  # whatever a runtime cannot do, another may
                 failures.append(f"{runtime.name} failed: {' '.join(str(error).split())[:200]}")
                 continue
-            sizes = sorted({1, self._batch_size} - {0})
             evidences[runtime.name] = evidence(comparison, sizes, invariance)
             gates[runtime.name] = explain(comparison, self.config.gate)
-        return evidences, self._verdict(name, gates, failures or self._why_none(files, precision))
+        if not gates and not failures:
+            failures = self._why_none(files, precision)
+        return evidences, self._verdict(name, gates, failures)
 
     def candidates(self, files: Mapping[str, Path], precision: str) -> Iterator[tuple[Runtime, Path]]:
         """Each runtime that may run one of the files here, with that file."""
@@ -86,17 +88,21 @@ class Verifier:
     def _is_reference(self, name: str, runtime: Runtime) -> bool:
         return name == REFERENCE and runtime.name == REFERENCE_RUNTIME
 
-    def _measure(self, session: Session, *, is_reference: bool) -> tuple[Comparison, float]:
-        """The comparison and the batch invariance of one session."""
+    def _measure(self, session: Session, *, is_reference: bool) -> tuple[Comparison, float, list[int]]:
+        """The comparison and the batch invariance of one session, and the batch sizes that it was scored at.
+
+        What batch-mates change is served alone, so it is scored alone.
+        """
         if self.evaluation is None:
             raise RuntimeError("verify asks for evaluation samples first")
         inputs, metric, task = self.evaluation.inputs, self.config.metric, self.config.task
-        answers = run_samples(session, inputs, self._batch_size)[0]
         invariance = batch_invariance(session, inputs, self._batch_size)
+        size = self._batch_size if invariance <= INVARIANT else 1
+        answers, sizes = run_samples(session, inputs, size)[0], [max(1, size)]
         if is_reference:
             self._reference = answers
-            return against_itself(answers, self.evaluation.target, metric, task), invariance
-        return compare(answers, self.reference, self.evaluation.target, metric, task), invariance
+            return against_itself(answers, self.evaluation.target, metric, task), invariance, sizes
+        return compare(answers, self.reference, self.evaluation.target, metric, task), invariance, sizes
 
     @property
     def reference(self) -> Array:
@@ -105,7 +111,9 @@ class Verifier:
             if self.evaluation is None:
                 raise RuntimeError("there are no evaluation samples")
             session = self.load(self.runtimes[REFERENCE_RUNTIME], self.reference_graph, REFERENCE)
-            self._reference = run_samples(session, self.evaluation.inputs, self._batch_size)[0]
+            is_invariant = batch_invariance(session, self.evaluation.inputs, self._batch_size) <= INVARIANT
+            size = self._batch_size if is_invariant else 1
+            self._reference = run_samples(session, self.evaluation.inputs, size)[0]
         return self._reference
 
     def _without_data(self, name: str) -> Gate:
@@ -115,9 +123,10 @@ class Verifier:
 
     def _verdict(self, name: str, gates: Mapping[str, Gate], failures: list[str]) -> Gate:
         if name == REFERENCE and REFERENCE_RUNTIME in gates:
-            return Gate(Verdict.PASSED, "the reference by definition")
+            return Gate(Verdict.PASSED, "; ".join(["the reference by definition", *failures]))
         gate = overall(gates)
-        return gate if gates else Gate(gate.verdict, f"{gate.reason}: {'; '.join(failures)}")
+        reasons = [gate.reason, *failures] if gates else [f"{gate.reason}: {'; '.join(failures)}"]
+        return Gate(gate.verdict, "; ".join(reasons))
 
     def _why_none(self, files: Mapping[str, Path], precision: str) -> list[str]:
         """What stands in each runtime's way."""

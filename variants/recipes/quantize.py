@@ -17,9 +17,11 @@ from onnx import helper, numpy_helper
 from pydantic import Field
 
 from variants.data import Samples, spread
-from variants.hardware import Hardware
-from variants.model_config import Section
+from variants.hardware import needs_reduced_range
+from variants.measure import synthetic_inputs
+from variants.model_config import Section, nearest
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
+from variants.runtimes.onnx_signature import nested_graphs, read_signature
 from variants.source import without_library_noise
 
 _RECURRENT = ("LSTM",)
@@ -50,11 +52,6 @@ class QuantizeStatic(Section):
     exclude: list[str] = Field(default_factory=list)
 
 
-def needs_reduced_range(hardware: Hardware) -> bool:
-    """Whether this x86 CPU adds pairs of U8S8 products in 16 bits, where 8-bit weights would saturate: no VNNI."""
-    return "AVX2" in hardware.isa and not hardware.isa & {"AVX512_VNNI", "AVX_VNNI", "AMX_INT8"}
-
-
 def _reduces_range(ingredients: Ingredients, asked: bool | None) -> bool:
     return needs_reduced_range(ingredients.hardware) if asked is None else asked
 
@@ -73,6 +70,7 @@ def quantize_dynamic(ingredients: Ingredients, parameters: QuantizeDynamic) -> P
         raise RecipeRejected("nothing to quantise: no MatMul, Gemm or LSTM with constant weights")
     target = ingredients.work / "int8-dynamic.onnx"
     onnx.save(model, target)
+    _prove_sound(ingredients, target)
     facts = {
         "quantised_layers": products + recurrent,
         "batch_invariant": recurrent == 0,
@@ -103,11 +101,68 @@ def _rewrite_products(graph: onnx.GraphProto, limit: int) -> int:
         nodes.extend(replacement)
     del graph.node[:]
     graph.node.extend(nodes)
-    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    _drop_unused_weights(graph)
     return count
+
+
+def _drop_unused_weights(graph: onnx.GraphProto) -> None:
+    """Remove the weights that nothing reads any more, a branch or loop body included, and their listing as inputs."""
+    inner = list(nested_graphs(graph))
+    used = {name for each in inner for node in each.node for name in node.input}
+    used |= {value.name for each in inner for value in each.output}
+    unused = {tensor.name for tensor in graph.initializer} - used
+    for field in (graph.initializer, graph.input):
+        kept = [value for value in field if value.name not in unused]
+        del field[:]
+        field.extend(kept)
+
+
+def _prove_sound(ingredients: Ingredients, graph: Path) -> None:
+    """Load what was made, compare its tensors with the source's and run one sample. Raises RecipeRejected."""
+    source = ingredients.source
+    try:
+        found = read_signature(graph)
+        session = _open(graph)
+    except Exception as error:  # the runtime's own exceptions share no narrower base
+        raise RecipeRejected(f"the quantised graph cannot be loaded: {_in_a_line(error)}") from error
+    gives = [[(spec.name, spec.datatype) for spec in each.outputs] for each in (source.signature, found)]
+    if source.signature.inputs != found.inputs or gives[0] != gives[1]:
+        raise RecipeRejected("the quantised graph takes or gives other tensors than the source")
+    inputs = _one_sample(ingredients)
+    try:
+        session.run(None, inputs)
+    except Exception as error:
+        if ingredients.example is None and not _runs(source.graph, inputs):
+            return  # what we made up fits this model no better before than after
+        raise RecipeRejected(f"the quantised graph does not run: {_in_a_line(error)}") from error
+
+
+def _open(graph: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _runs(graph: Path, inputs: dict[str, Any]) -> bool:
+    try:
+        _open(graph).run(None, inputs)
+    except Exception:  # the runtime's own exceptions share no narrower base
+        return False
+    return True
+
+
+def _one_sample(ingredients: Ingredients) -> dict[str, Any]:
+    """A real sample as the model takes it, or a synthetic one."""
+    batched = ingredients.source.max_batch > 0
+    if ingredients.example is None:
+        return synthetic_inputs(ingredients.source.signature.inputs, 1, batch_axis=batched)
+    return {name: array[:1] if batched else array[0] for name, array in ingredients.example.inputs.items()}
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _fits(node: onnx.NodeProto, constants: dict[str, Any]) -> bool:
@@ -196,7 +251,10 @@ def quantize_static(ingredients: Ingredients, parameters: QuantizeStatic) -> Pro
         raise RecipeRejected("static quantisation needs calibration data; add `calibration:` to model.yaml")
     reduce_range = _reduces_range(ingredients, parameters.reduce_range)
     prepared = _preprocess(ingredients.source.graph, ingredients.work)
-    operators = {node.op_type for node in onnx.load(prepared).graph.node}
+    nodes = onnx.load(prepared).graph.node
+    operators, names = {node.op_type for node in nodes}, {node.name for node in nodes}
+    for unknown in sorted(set(parameters.exclude) - names):
+        raise RecipeRejected(f"exclude: there is no node {unknown!r}; {nearest(unknown, names)}")
     is_transformer = bool(operators & _TRANSFORMER_SIGNS)
     target = ingredients.work / "int8-static.onnx"
     most = min(ingredients.config.calibration.samples if ingredients.config.calibration else 256, len(calibration))
@@ -219,6 +277,7 @@ def quantize_static(ingredients: Ingredients, parameters: QuantizeStatic) -> Pro
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"MatMulConstBOnly": is_transformer},
         )
+    _prove_sound(ingredients, target)
     layers = _quantised_layers(onnx.load(target).graph)
     if layers == 0:
         raise RecipeRejected(f"nothing to quantise statically among {', '.join(sorted(operators))}")

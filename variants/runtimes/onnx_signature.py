@@ -87,7 +87,7 @@ def _spec(value: onnx.ValueInfoProto, *, needs_rank: bool) -> TensorSpec:
 def _refuse_foreign_parts(model: onnx.ModelProto) -> None:
     """Raise RuntimeUnavailable for external data and for operators that no runtime brings by itself."""
     local = {(function.domain, function.name) for function in model.functions}
-    graphs = list(_graphs(model.graph))
+    graphs = list(nested_graphs(model.graph))
     for graph in graphs:
         for tensor in _tensors(graph):
             if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
@@ -99,13 +99,13 @@ def _refuse_foreign_parts(model: onnx.ModelProto) -> None:
             raise RuntimeUnavailable(f"{node.op_type} of {node.domain!r} is a custom operator, which is refused")
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def nested_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """The graph and every graph inside it: the branches of If, the bodies of Loop and Scan."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
-                yield from _graphs(inner)
+                yield from nested_graphs(inner)
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

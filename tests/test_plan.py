@@ -1,0 +1,54 @@
+"""What makes a variant due for another build, and what does not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from variants.hardware import Hardware
+from variants.plan import plan
+from variants.repository import ModelFolder
+
+CPU = Hardware(cores=1, cpu="test")
+
+
+def fingerprint(model: Path, yaml: str = "", module: str = "network:make") -> str:
+    """The reference's fingerprint of a torch source."""
+    (model / "1").mkdir(parents=True, exist_ok=True)
+    (model / "1" / "weights.safetensors").write_bytes(b"w")
+    (model / "model.yaml").write_text(f'source: {{module: "{module}", weights: weights.safetensors}}\n{yaml}')
+    return plan(ModelFolder(model).newest(), CPU, quick=False)[0].fingerprint
+
+
+def test_files_of_one_name_all_count(tmp_path: Path) -> None:
+    """Each of two modules with the same file name changes the fingerprint when it changes."""
+    model = tmp_path / "m"
+    for folder in ("a", "b"):
+        (model / folder).mkdir(parents=True)
+        (model / folder / "layers.py").write_text("one = 1")
+    found = {fingerprint(model)}
+    for folder in ("a", "b"):
+        (model / folder / "layers.py").write_text("two = 2")
+        found.add(fingerprint(model))
+    assert len(found) == 3
+
+
+def test_an_installed_package_counts_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module deep inside an installed package is code of the source as much as its `__init__`."""
+    package = tmp_path / "site" / "gearshift_installed_example"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "inner" / "layers.py").write_text("one = 1")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site")])
+    before = fingerprint(tmp_path / "m", module=f"{package.name}:make")
+    (package / "inner" / "layers.py").write_text("two = 2")
+    assert fingerprint(tmp_path / "m", module=f"{package.name}:make") != before
+
+
+def test_what_only_serving_reads_rebuilds_nothing(tmp_path: Path) -> None:
+    """The queue delay and the SLO leave every variant as it is; the maximum batch size does not."""
+    plain = fingerprint(tmp_path / "m")
+    assert fingerprint(tmp_path / "m", "batching: {max_queue_delay_ms: 7}\nslo: {latency_ms: 9}") == plain
+    assert fingerprint(tmp_path / "m", "batching: {max_batch_size: 7}") != plain

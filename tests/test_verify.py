@@ -1,0 +1,70 @@
+"""What a freshly made variant is measured with, and what the verdict says of runtimes that failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from variants.data import Samples
+from variants.hardware import Hardware
+from variants.model_config import ModelConfig
+from variants.runtimes.onnxruntime_runtime import OnnxRuntime, OnnxRuntimeSession
+from variants.runtimes.runtime import RuntimeUnavailable
+from variants.variant import Verdict
+from variants.verify import Verifier
+
+CPU = Hardware(cores=1, cpu="test")
+
+
+def graph(path: Path, operator: str) -> Path:
+    """`x` [batch, 2] to `y` of that shape: itself, or for ReduceMean the mean of all rows of the batch."""
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in "xy"]
+    inputs = ["x", "axis"] if operator == "ReduceMean" else ["x"]
+    weights = [numpy_helper.from_array(np.array([0], np.int64), "axis")] if operator == "ReduceMean" else []
+    nodes = [helper.make_node(operator, inputs, ["mean" if weights else "y"])]
+    if weights:
+        nodes += [helper.make_node("Shape", ["x"], ["shape"]), helper.make_node("Expand", ["mean", "shape"], ["y"])]
+    made = helper.make_graph(nodes, "g", tensors[:1], tensors[1:], weights)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+class Broken(OnnxRuntime):
+    """A runtime that can load nothing."""
+
+    name = "broken"
+
+    def load(self, artefact: Path, *, precision: str, threads: int, device: str) -> OnnxRuntimeSession:
+        """It fails."""
+        raise RuntimeUnavailable("it is out of order")
+
+
+@pytest.fixture
+def verifier(tmp_path: Path) -> Verifier:
+    """A verifier whose reference gives back what it gets, with 100 samples."""
+    x = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)
+    runtimes = {"onnxruntime": OnnxRuntime(), "broken": Broken()}
+    reference = graph(tmp_path / "reference.onnx", "Identity")
+    return Verifier(ModelConfig(), Samples({"x": x}, None), reference, 8, runtimes, CPU)
+
+
+def test_what_depends_on_its_batch_is_scored_alone(verifier: Verifier, tmp_path: Path) -> None:
+    """The mean over a batch is right for one row only, which is how a server would run it; the card says so."""
+    proofs, _ = verifier.verify("v", {"model.onnx": graph(tmp_path / "mean.onnx", "ReduceMean")}, "fp32")
+    proof = proofs["onnxruntime"]
+    assert (proof.batch_sizes, proof.agreement.value) == ((1,), 1.0)
+    assert proof.batch_invariance > 0.1
+    same, _ = verifier.verify("w", {"model.onnx": graph(tmp_path / "same.onnx", "Identity")}, "fp32")
+    assert same["onnxruntime"].batch_sizes == (8,)
+
+
+def test_a_failed_runtime_is_named_although_another_works(verifier: Verifier, tmp_path: Path) -> None:
+    """The reason keeps what went wrong, for the reference too."""
+    for name in ("v", "fp32"):
+        _, gate = verifier.verify(name, {"model.onnx": graph(tmp_path / "same.onnx", "Identity")}, "fp32")
+        assert gate.reason.endswith("; broken failed: it is out of order")
+    assert gate.verdict is Verdict.PASSED
