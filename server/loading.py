@@ -166,6 +166,8 @@ def _candidates(version: VersionFolder, card: Card, host: Host) -> tuple[list[Ca
     candidates = []
     for path, sha256 in artefacts.items():
         for runtime in host.runtimes.values():
+            if runtime.suffix != path.suffix:
+                continue  # the variant has another file for it, or none; no reason that a person would want to read
             try:
                 candidates.append(_candidate(card, path, sha256, runtime, host, version.model.config.gate))
             except RuntimeUnavailable as error:

@@ -506,3 +506,23 @@ def test_versions() -> None:
     assert all(runtime_version(name)[0].isdigit() for name in available_runtimes())
     with pytest.raises(KeyError):
         runtime_version("tensorflow")
+
+
+@needs_openvino
+def test_openvino_leaves_the_process_able_to_take_a_signal(tmp_path: Path) -> None:
+    """A session that was let go takes nothing away that a signal handler needs."""
+    path = identity(tmp_path, ["batch", 2])
+    script = f"""
+import gc, os, signal
+from pathlib import Path
+import numpy as np
+from variants.runtimes.openvino_runtime import OpenVino
+sessions = [OpenVino(2).load(Path({str(path)!r}), precision="fp32", threads=1, device="cpu") for _ in range(3)]
+while sessions:
+    sessions.pop(0).run({{"x": np.ones((2, 2), np.float32)}})
+    gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled", flush=True))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

@@ -36,7 +36,7 @@ def finetune(module: nn.Module, teacher: nn.Module, ingredients: Ingredients) ->
     generator = np.random.default_rng(0)
     batches = _batches(teacher, samples, batched=ingredients.source.max_batch > 0)
     steps = epochs * batches.per_epoch
-    optimiser = torch.optim.Adam(module.parameters(), lr=config.learning_rate)
+    optimiser = torch.optim.Adam(module.parameters(), lr=config.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=max(2, steps + 1))
     module.train()
     for epoch in range(epochs):

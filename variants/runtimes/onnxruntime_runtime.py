@@ -26,6 +26,7 @@ class OnnxRuntime:
     """Runs fp32 and int8 on a CPU, fp32 and fp16 on CUDA."""
 
     name = "onnxruntime"
+    suffix = ".onnx"
 
     def why_not(self, artefact: Path, precision: str, hardware: Hardware) -> str | None:
         """The reason not to try, or None; what only the file itself can tell is left to `load`."""

@@ -11,6 +11,7 @@ import importlib.util
 import sys
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class OpenVino:
     """
 
     name = "openvino"
+    suffix = ".onnx"
 
     def __init__(self, concurrency: int = 1) -> None:
         self._concurrency = concurrency
@@ -64,7 +66,7 @@ class OpenVino:
             "ENABLE_CPU_PINNING": False,  # pinned threads of several sessions would share the first cores
         }
         try:
-            core = _openvino().Core()
+            core = _core()
             compiled = core.compile_model(core.read_model(artefact), "CPU", options)
         except Exception as error:  # its exceptions share no narrower base class than RuntimeError
             raise RuntimeUnavailable(f"OpenVINO cannot load {artefact.name}: {error}") from error
@@ -97,6 +99,16 @@ class OpenVinoSession:
         feed = {spec.name: inputs[spec.name] for spec in self.inputs}
         answers = request.infer(feed, share_inputs=True, share_outputs=False)
         return [answers[index] for index in range(len(self.outputs))]
+
+
+@lru_cache(maxsize=1)
+def _core() -> Any:
+    """The one `Core` of the process, which is never let go.
+
+    Its CPU plugin gives the thread that loads it another signal stack and unmaps that with the last `Core`; the next
+    signal to that thread, SIGTERM for one, would then crash the process.
+    """
+    return _openvino().Core()
 
 
 def _openvino() -> Any:

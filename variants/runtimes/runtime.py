@@ -37,9 +37,10 @@ class Session(Protocol):
 
 
 class Runtime(Protocol):
-    """A way to execute artefacts."""
+    """A way to execute artefacts: files with the ending `suffix`."""
 
     name: str
+    suffix: str
 
     def why_not(self, artefact: Path, precision: str, hardware: Hardware) -> str | None:
         """The reason this runtime cannot run the artefact in this precision here, or None if it can try."""

@@ -33,6 +33,7 @@ class TorchRuntime:
     """Runs exported programs in whatever precision they were exported in."""
 
     name = "torch"
+    suffix = ".pt2"
 
     def why_not(self, artefact: Path, precision: str, hardware: Hardware) -> str | None:
         """The reason not to try, or None. Trust is not asked here: see the rules of this file."""
