@@ -34,14 +34,14 @@ def finetune(module: nn.Module, teacher: nn.Module, ingredients: Ingredients) ->
     epochs = min(config.epochs, _QUICK_EPOCHS) if ingredients.quick else config.epochs
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
-    batches = _batches(teacher, samples, batched=ingredients.source.max_batch > 0)
+    batches = _Batches(teacher, samples, batched=ingredients.source.max_batch > 0)
     steps = epochs * batches.per_epoch
     optimiser = torch.optim.Adam(module.parameters(), lr=config.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.learning_rate, total_steps=max(2, steps + 1))
     module.train()
     for epoch in range(epochs):
-        for number, (inputs, target) in enumerate(batches.shuffled(generator)):
-            loss = _loss(module, teacher, inputs, target)
+        for number, batch in enumerate(batches.shuffled(generator)):
+            loss = _loss(module, *batch)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -52,37 +52,44 @@ def finetune(module: nn.Module, teacher: nn.Module, ingredients: Ingredients) ->
 
 
 class _Batches:
-    """Training samples as tensors in the order of `forward`."""
+    """Training samples as tensors in the order of `forward`, with the teacher's answers, which are asked for once."""
 
-    def __init__(self, names: list[str], samples: Samples, *, batched: bool) -> None:
-        self._names, self._samples, self._batched = names, samples, batched
+    def __init__(self, teacher: nn.Module, samples: Samples, *, batched: bool) -> None:
+        self._names, self._samples, self._batched = input_names(teacher, samples.inputs), samples, batched
         # whole batches, the remainder spread over them: batch normalisation fails on a last batch of one
         self.per_epoch = max(1, len(samples) // _BATCH) if batched else len(samples)
+        self._wanted = self._answers(teacher)
 
     def shuffled(self, generator: np.random.Generator) -> Any:
-        """All batches once, in a new order: (inputs, target or None)."""
-        for rows in np.array_split(generator.permutation(len(self._samples)), self.per_epoch):
-            some = self._samples.take(rows if self._batched else rows[:1])
-            yield [self._tensor(some.inputs[name]) for name in self._names], some.target
+        """All batches once, in a new order: (inputs, target or None, the teacher's answers)."""
+        for rows in self._split(generator.permutation(len(self._samples))):
+            wanted = [output[rows] for output in self._wanted] if self._batched else self._wanted[rows[0]]
+            yield self._inputs(rows), self._samples.take(rows).target, wanted
 
-    def _tensor(self, array: Any) -> torch.Tensor:
+    def _answers(self, teacher: nn.Module) -> Any:
+        """By output, one row per sample; where samples come one by one, by sample and then by output."""
         import torch
 
-        return torch.from_numpy(np.array(array if self._batched else array[0]))
+        with torch.no_grad():
+            pieces = [_tensors(teacher(*self._inputs(rows))) for rows in self._split(np.arange(len(self._samples)))]
+        return [torch.cat(output) for output in zip(*pieces, strict=True)] if self._batched else pieces
+
+    def _split(self, order: Any) -> list[Any]:
+        return np.array_split(order, self.per_epoch)
+
+    def _inputs(self, rows: Any) -> list[torch.Tensor]:
+        import torch
+
+        arrays = (self._samples.take(rows).inputs[name] for name in self._names)
+        return [torch.from_numpy(np.array(array if self._batched else array[0])) for array in arrays]
 
 
-def _batches(teacher: nn.Module, samples: Samples, *, batched: bool) -> _Batches:
-    return _Batches(input_names(teacher, samples.inputs), samples, batched=batched)
-
-
-def _loss(module: nn.Module, teacher: nn.Module, inputs: list[torch.Tensor], target: Any) -> torch.Tensor:
+def _loss(module: nn.Module, inputs: list[torch.Tensor], target: Any, wanted: list[torch.Tensor]) -> torch.Tensor:
     """The loss of one batch over the first output (with class targets) or over all of them."""
     import torch
     from torch.nn import functional
 
     answers = _tensors(module(*inputs))
-    with torch.no_grad():
-        wanted = _tensors(teacher(*inputs))
     if target is None or target.dtype.kind not in "iu" or answers[0].ndim != 2:
         return torch.stack([functional.mse_loss(a, w) for a, w in zip(answers, wanted, strict=True)]).sum()
     labels = torch.from_numpy(target.reshape(-1).astype(np.int64))
