@@ -1,26 +1,17 @@
-"""The one place with threads: takes calls, feeds the scheduler, runs batches, replies.
+"""The life of a request between the transport and the scheduler: admitted, queued, run, answered once.
 
-How the threads share the work (leader and followers):
-
-- Every executor has a thread. An idle executor's own thread takes new calls, admits them and decides, so a request at
-  an idle server changes threads only once, from the transport. Only one thread, the *leader*, does that at a time;
-  when it has a batch to run it lets the next idle executor lead.
-- While every executor is busy, the *keeper* thread leads: it admits, refuses, expires and cancels, and steps back as
-  soon as an executor is idle.
-- The scheduler is touched only under `_lock`, which is never held during a runtime call, a reply or a listener.
-
-Success, failure, expiry and cancellation of a request all end in `_end`, which looks whether the client is still there.
+Rules: the scheduler is touched only under `_lock`, which is never held during a runtime call, a reply or a listener.
+Success, failure, expiry and cancellation of a request all end in `_close`, which only the first of them passes.
+The listeners hear of an end before its client does, so that whoever has an answer finds it counted.
+The threads that call in here are `Executors`'.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import count
 from typing import Protocol, TypeVar
 
@@ -35,6 +26,7 @@ from server.endings import (
 )
 from server.errors import Cancelled, ServingError, Unavailable
 from server.events import Decided, Event, Listener
+from server.executors import Executors
 from server.inference import Inference, Part, gather, scatter
 from server.models import Models, ServedModel
 from server.scheduling.admission import make_request
@@ -52,9 +44,6 @@ from server.wire.inference import (
 log = logging.getLogger(__name__)
 
 Seen = TypeVar("Seen")
-
-_EXECUTOR_NICENESS = 10
-_PAUSE_AFTER_BUG_S = 0.1
 
 Authorise = Callable[[str, Iterable[tuple[str, str | bytes]]], None]
 """Takes a method and its metadata; raises Unauthenticated or PermissionDenied."""
@@ -98,23 +87,13 @@ class Engine:
         self._numbers = count()
         self._inferences: dict[Call, Inference] = {}
         self._lock = threading.Lock()
-        self._lead = threading.Lock()
-        self._all_busy = threading.Event()
         self._settled = threading.Condition(self._lock)
-        self._idle = executors
-        self._keeper_leads = False
         self._draining = False
-        self._stopped = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._execute_for_ever, args=(executor,), name=f"executor-{executor}", daemon=True)
-            for executor in range(executors)
-        ]
-        self._threads.append(threading.Thread(target=self._keep_for_ever, name="keeper", daemon=True))
+        self._executors = Executors(executors, self, transport)
 
     def start(self) -> None:
         """Start serving what the transport takes in."""
-        for thread in self._threads:
-            thread.start()
+        self._executors.start()
 
     def add_model(self, model: ServedModel) -> None:
         """Serve a model; a version that served before answers what it has admitted."""
@@ -142,12 +121,7 @@ class Engine:
 
     def stop(self, seconds: float = 5.0) -> None:
         """Stop the threads; what still waits is not answered, and who is in a runtime for longer is left there."""
-        self._stopped.set()
-        self._all_busy.set()
-        end_ns = self._clock() + int(seconds * 1e9)
-        for thread in self._threads:
-            self._transport.wake()
-            thread.join(max(0, end_ns - self._clock()) / 1e9)
+        self._executors.stop(seconds)
 
     def snapshot(self, read: Callable[[Scheduler, int], Seen]) -> Seen:
         """What `read` makes of the scheduler at this moment, consistently."""
@@ -159,66 +133,12 @@ class Engine:
         with self._lock:
             counts: dict[str, int] = {}
             for inference in self._inferences.values():
-                counts[inference.model.name] = counts.get(inference.model.name, 0) + 1
+                if not inference.ended:
+                    counts[inference.model.name] = counts.get(inference.model.name, 0) + 1
             return counts
 
-    def _execute_for_ever(self, executor: int) -> None:
-        _step_back()
-        while not self._stopped.is_set():
-            run = self._survive(self._next_run, executor)
-            if run is None:
-                continue
-            self._survive(self._execute, run)
-            with self._lock:
-                self._idle += 1
-                keeper_leads = self._keeper_leads
-            if keeper_leads:
-                self._transport.wake()
-
-    def _survive(self, work: Callable[..., Seen], *arguments: object) -> Seen | None:
-        """Do a piece of work; a bug of ours in it is logged and must not cost a thread, which would hang everybody."""
-        try:
-            return work(*arguments)
-        except Exception:
-            log.exception("%s survived a bug", threading.current_thread().name)
-            self._stopped.wait(_PAUSE_AFTER_BUG_S)
-            return None
-
-    def _next_run(self, executor: int) -> Run | None:
-        with self._lead:
-            while not self._stopped.is_set():
-                run, timeout_ns = self._decide(executor)
-                if run is not None:
-                    with self._lock:
-                        self._idle -= 1
-                        if self._idle == 0:
-                            self._all_busy.set()
-                    return run
-                self._handle(self._transport.take(timeout_ns))
-        self._transport.wake()
-        return None
-
-    def _keep_for_ever(self) -> None:
-        while not self._stopped.is_set():
-            self._all_busy.wait()
-            self._survive(self._keep)
-
-    def _keep(self) -> None:
-        with self._lead:
-            while not self._stopped.is_set() and self._keeps():
-                _, timeout_ns = self._decide(None)
-                self._handle(self._transport.take(timeout_ns))
-
-    def _keeps(self) -> bool:
-        """Whether the keeper is still needed; steps back where an executor is idle."""
-        with self._lock:
-            self._keeper_leads = self._idle == 0
-            if not self._keeper_leads:
-                self._all_busy.clear()
-            return self._keeper_leads
-
-    def _decide(self, executor: int | None) -> tuple[Run | None, int | None]:
-        """The executor's next batch, or how long to wait for calls before asking again; None is for ever."""
+    def decide(self, executor: int | None) -> tuple[Run | None, int | None]:
+        """The executor's next batch, or how many ns to wait for calls before asking again; see `Work`."""
         run: Run | None = None
         wait_ns: int | None = None
         with self._lock:
@@ -235,7 +155,8 @@ class Engine:
         self._end_all(ended)
         return run, wait_ns
 
-    def _handle(self, taken: Taken) -> None:
+    def handle(self, taken: Taken) -> None:
+        """Admit or answer every call, then let go of those whose client went away."""
         for call in taken.calls:
             if call.method in (MODEL_INFER, MODEL_STREAM_INFER):
                 self._admit(call)
@@ -312,7 +233,8 @@ class Engine:
             payload=part,
         )
 
-    def _execute(self, run: Run) -> None:
+    def execute(self, run: Run) -> None:
+        """Run a batch on the thread that calls, and answer it."""
         model = self._by_key[run.model]
         parts: list[Part] = [request.payload for request in run.requests]  # type: ignore[misc]
         batched = model.signature.max_batch_size > 0
@@ -332,8 +254,8 @@ class Engine:
             self._scheduler.finished(run, end_ns, end_ns - start_ns)
             self._settled.notify_all()
             answered = [part.inference for part in parts if part.inference.part_answered()]
-        self._reply(answered)
         self._tell(batch_record(run, end_ns - start_ns, failed=False))
+        self._reply(answered)
 
     def _failed(self, run: Run, start_ns: int) -> None:
         error = incident(f"running {run.samples} samples of {run.model[0]} on {run.variant}")
@@ -342,12 +264,12 @@ class Engine:
             ended = self._scheduler.failed(run, end_ns, error.incident)
             self._settled.notify_all()
         self._transport.wake()  # whoever leads must see the requests that wait again
-        self._end_all(ended)
         self._tell(batch_record(run, end_ns - start_ns, failed=True))
+        self._end_all(ended)
 
     def _reply(self, answered: Sequence[Inference]) -> None:
         """Encode and send the answers of one batch together."""
-        replies, records = [], []
+        replies, closed = [], []
         now_ns = self._clock()
         for inference in answered:
             outcome = inference.outcome(now_ns)
@@ -357,24 +279,29 @@ class Engine:
                 self._end(inference, Outcome.FAILED, incident(f"encoding an answer of {inference.model.name}"))
                 continue
             if self._close(inference):
+                self._tell(answer_record(inference, outcome, now_ns))
                 replies.append(Reply(inference.call, message))
-                records.append(answer_record(inference, outcome, now_ns))
+                closed.append(inference)
         if replies:
             self._transport.reply(replies)
-        for record in records:
-            self._tell(record)
+            self._forget(closed)
 
     def _close(self, inference: Inference) -> bool:
         """Claim the one end of an inference; False when it has ended already."""
-        with self._settled:
+        with self._lock:
             if inference.ended:
                 return False
             inference.ended = True
-            self._inferences.pop(inference.call, None)
             for request in inference.requests:
                 self._scheduler.cancelled(request)
-            self._settled.notify_all()
             return True
+
+    def _forget(self, inferences: Iterable[Inference]) -> None:
+        """Let go of what was replied to; who drains waits for this, and not just for the end."""
+        with self._settled:
+            for inference in inferences:
+                self._inferences.pop(inference.call, None)
+            self._settled.notify_all()
 
     def _end_all(self, ended: Iterable[End]) -> None:
         for end in ended:
@@ -386,8 +313,9 @@ class Engine:
             return
         call, request, now_ns = inference.call, inference.request, self._clock()
         facts = {"reason": str(outcome), "slo_met": "false", "queue_us": str((now_ns - call.arrival_ns) // 1000)}
-        self._transport.reply([error_reply(call, error, request.id, facts)])
         self._tell(end_record(call, inference.model.key, outcome, now_ns, inference))
+        self._transport.reply([error_reply(call, error, request.id, facts)])
+        self._forget([inference])
 
     def _cancel(self, call: Call) -> None:
         inference = self._inferences.get(call)
@@ -404,24 +332,17 @@ class Engine:
         if inference is not None:  # a bug of ours struck half-way through queueing it
             self._end(inference, outcome, error)
             return
-        self._transport.reply([error_reply(call, error, request_id, {"reason": str(outcome)})])
         self._tell(end_record(call, (name, version), outcome, self._clock()))
+        self._transport.reply([error_reply(call, error, request_id, {"reason": str(outcome)})])
 
     def _tell(self, event: Event) -> None:
         for listener in self._listeners:
-            listener(event)
+            try:
+                listener(event)
+            except Exception:  # whoever is told of a request must not cost it its reply
+                log.exception("a listener failed on %s", type(event).__name__)
 
 
 def _encoded(inference: Inference, outcome: Outcome) -> bytes:
     message = inference.answer(outcome)
     return message if inference.call.stream is None else encode_stream_response(message)
-
-
-def _step_back() -> None:
-    """Let this thread compute in what the others leave.
-
-    A batch can wait; calls that nobody takes in are invisible to the scheduler, which then decides as if idle.
-    """
-    if sys.platform == "linux":  # where a thread has a niceness of its own
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _EXECUTOR_NICENESS)

@@ -10,7 +10,7 @@ import numpy as np
 
 from protos import open_inference_pb2 as pb
 from server.engine import Engine
-from server.events import Event, RequestEnded
+from server.events import Event, Listener, RequestEnded
 from server.models import Models, ServedModel
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
@@ -135,7 +135,13 @@ def variant(name: str, score: float, latency_ns: int, state: State = State.ELIGI
 class World:
     """An engine with one model `m` over fakes. Close it with `with`."""
 
-    def __init__(self, sessions: Mapping[str, FakeSession], variants: Sequence[Variant], executors: int = 1) -> None:
+    def __init__(
+        self,
+        sessions: Mapping[str, FakeSession],
+        variants: Sequence[Variant],
+        executors: int = 1,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
         self.transport = FakeTransport()
         self.recorder = Recorder()
         self.models = Models()
@@ -144,7 +150,7 @@ class World:
             models=self.models,
             transport=self.transport,
             services=NoServices(),
-            listeners=[self.recorder],
+            listeners=[*listeners, self.recorder],
             executors=executors,
         )
         queue = ModelQueue(("m", "1"), variants)

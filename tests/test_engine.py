@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from fakes import WAIT_S, FakeSession, World, answer, infer_call, parameters_of, variant
 
-from server.events import BatchRan
+from server.events import BatchRan, Event, Listener, RequestEnded
 from server.scheduling.model_queue import ModelQueue
 from server.transport.transport import Call
 from variants.runtimes.runtime import Array
@@ -36,9 +36,11 @@ class Gate:
         assert self.entered.wait(WAIT_S)
 
 
-def one_variant(before: Callable[[Array], object] = lambda _: None, executors: int = 1) -> World:
+def one_variant(
+    before: Callable[[Array], object] = lambda _: None, executors: int = 1, listeners: Sequence[Listener] = ()
+) -> World:
     """A world whose model has nothing but fp32."""
-    return World({"fp32": FakeSession(before)}, [variant("fp32", 1.0, MS)], executors)
+    return World({"fp32": FakeSession(before)}, [variant("fp32", 1.0, MS)], executors, listeners)
 
 
 def test_a_request_is_answered_with_its_own_rows() -> None:
@@ -82,6 +84,51 @@ def test_the_response_tells_who_answered_and_how_long_it_took() -> None:
         "floor_met": bool,
     }
     assert (parameters["variant"], parameters["slo_met"], parameters["floor_met"]) == ("fp32", True, True)
+
+
+@pytest.mark.parametrize("rows", [[[1, 2]], [[1, 2, 3]]], ids=["answered", "refused"])
+def test_whoever_has_an_answer_finds_it_counted(rows: list[list[float]]) -> None:
+    """The listeners hear how a request ended before its client does."""
+    replied: list[bool] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, RequestEnded):
+            replied.append(call in world.transport.replies)
+
+    with one_variant(listeners=[listen]) as world:
+        call = infer_call(rows)
+        world.transport.send(call)
+        world.transport.reply_to(call)
+    assert replied == [False]
+
+
+def test_a_listener_that_fails_costs_no_reply() -> None:
+    """The client is answered and the other listeners are told."""
+
+    def fail(event: Event) -> None:
+        raise RuntimeError(f"a bug met {event}")
+
+    with one_variant(listeners=[fail]) as world:
+        call = infer_call([[1, 2]])
+        world.transport.send(call)
+        assert world.transport.reply_to(call).status is None
+        assert world.recorder.outcomes() == ["ok"]
+
+
+def test_a_drain_waits_until_the_last_reply_is_out() -> None:
+    """An inference that has ended but not been replied to is not yet done with."""
+    done: list[bool] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, RequestEnded):
+            done.append(world.engine.drain(0))
+
+    with one_variant(listeners=[listen]) as world:
+        call = infer_call([[1, 2]])
+        world.transport.send(call)
+        world.transport.reply_to(call)
+        assert world.engine.drain(WAIT_S)
+    assert done == [False]
 
 
 def test_a_request_above_the_maximum_batch_is_split_and_put_together() -> None:
