@@ -133,9 +133,6 @@ class Server:
             reason = f"internal error: {type(error).__name__}"
         else:
             before = next((served for served in self.models.served() if served.name == name), None)
-            if before is not None and before.key == model.key:
-                self.remove(before, "being loaded again")  # the scheduler cannot hold the same version twice
-                before = None
             self.add(model)
             if before is not None:
                 self.forget(before)
@@ -185,7 +182,12 @@ class Server:
     def forget(self, model: ServedModel) -> None:
         """Let go of a model that the registry no longer names, once what it has admitted is answered."""
         self.engine.remove_model(model)
-        self.metrics.remove_model(model.name, model.version)
+        again = next((served for served in self.models.served() if served.key[:2] == model.key[:2]), None)
+        if again is None:
+            self.metrics.remove_model(model.name, model.version)
+        else:
+            kept = {variant.name for variant in again.variants}
+            self.metrics.remove_variants(model.name, model.version, {v.name for v in model.variants} - kept)
 
     def start(self) -> tuple[int, int]:
         """Listen; returns the gRPC and the HTTP port. Raises StartError when an address cannot be bound."""

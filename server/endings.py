@@ -75,8 +75,8 @@ def error_reply(call: Call, error: ServingError, request_id: str = "", facts: Ma
 def batch_record(run: Run, compute_ns: int, *, failed: bool) -> BatchRan:
     """A batch left its executor."""
     return BatchRan(
-        model=run.model[0],
-        version=run.model[1],
+        model=run.model.name,
+        version=run.model.version,
         variant=run.variant,
         executor=run.executor,
         requests=len(run.requests),

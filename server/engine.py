@@ -31,7 +31,7 @@ from server.inference import Inference, Part, gather, scatter
 from server.models import Models, ServedModel
 from server.scheduling.admission import make_request
 from server.scheduling.scheduler import End, Run, Scheduler
-from server.scheduling.slo import Outcome, Request
+from server.scheduling.slo import ModelKey, Outcome, Request
 from server.transport.transport import Call, Reply, Taken, Transport
 from server.wire.inference import (
     MODEL_INFER,
@@ -78,7 +78,7 @@ class Engine:
     ) -> None:
         self._scheduler = scheduler
         self._models = models
-        self._by_key: dict[tuple[str, str], ServedModel] = {}
+        self._by_key: dict[ModelKey, ServedModel] = {}
         self._transport = transport
         self._services = services
         self._listeners = tuple(listeners)
@@ -96,7 +96,7 @@ class Engine:
         self._executors.start()
 
     def add_model(self, model: ServedModel) -> None:
-        """Serve a model; a version that served before answers what it has admitted."""
+        """Serve a model; one that served under its name before answers what it has admitted."""
         with self._lock:
             self._by_key[model.key] = model
             self._scheduler.add_model(model.queue)
@@ -151,7 +151,7 @@ class Engine:
                 event_ns = self._scheduler.next_event_ns(now_ns)
                 wait_ns = None if event_ns is None else max(0, event_ns - now_ns)
         if run is not None:
-            self._tell(Decided(run.model[0], now_ns - start_ns))
+            self._tell(Decided(run.model.name, now_ns - start_ns))
         self._end_all(ended)
         return run, wait_ns
 
@@ -192,28 +192,37 @@ class Engine:
             version = model.version
             if self._draining:
                 raise Unavailable("the server is draining")
-            request = read_request(message, model.signature)
-            self._queue(Inference(call, request, model))
+            while not self._queue(Inference(call, read_request(message, model.signature), model)):
+                model = self._newer(model, message.model_version)
         except ServingError as error:
             self._refuse(call, name, version, request_id, error)
         except Exception:
             self._refuse(call, name, version, request_id, incident(f"admitting a request for {name!r}"))
 
-    def _queue(self, inference: Inference) -> None:
+    def _newer(self, model: ServedModel, version: str) -> ServedModel:
+        """What serves in place of a model that has just gone. Raises what `find` raises, and Unavailable."""
+        newer = self._models.find(model.name, version)
+        if newer is model:
+            raise Unavailable(f"model {model.name} is being replaced")
+        return newer
+
+    def _queue(self, inference: Inference) -> bool:
+        """Admit or refuse; False when the model has gone, and with it the ranking its floor class would refer to."""
         call, key = inference.call, inference.model.key
         ended: list[End] = []
         inference.requests = [self._request(inference, part) for part in inference.parts()]
         inference.open_parts = len(inference.requests)
         inference.deadline_ns = inference.requests[0].deadline_ns
         with self._lock:
-            if self._by_key.get(key) is not inference.model:  # the ranking its floor class refers to has gone
-                raise Unavailable(f"model {key[0]} is being replaced")
+            if self._by_key.get(key) is not inference.model:
+                return False
             self._inferences[call] = inference
             for request in inference.requests:
                 ended += self._scheduler.arrived(request, self._clock())
                 if ended and ended[-1].request is request:
                     break
         self._end_all(ended)
+        return True
 
     def _request(self, inference: Inference, part: Part) -> Request:
         call, request, model = inference.call, inference.request, inference.model
@@ -258,7 +267,7 @@ class Engine:
         self._reply(answered)
 
     def _failed(self, run: Run, start_ns: int) -> None:
-        error = incident(f"running {run.samples} samples of {run.model[0]} on {run.variant}")
+        error = incident(f"running {run.samples} samples of {run.model.name} on {run.variant}")
         end_ns = self._clock()
         with self._lock:
             ended = self._scheduler.failed(run, end_ns, error.incident)
@@ -313,7 +322,7 @@ class Engine:
             return
         call, request, now_ns = inference.call, inference.request, self._clock()
         facts = {"reason": str(outcome), "slo_met": "false", "queue_us": str((now_ns - call.arrival_ns) // 1000)}
-        self._tell(end_record(call, inference.model.key, outcome, now_ns, inference))
+        self._tell(end_record(call, inference.model.key[:2], outcome, now_ns, inference))
         self._transport.reply([error_reply(call, error, request.id, facts)])
         self._forget([inference])
 

@@ -11,13 +11,14 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from server.eligibility import by_speed, by_verdict, served_ns
 from server.models import ServedModel
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
-from server.scheduling.slo import OnInfeasible
+from server.scheduling.slo import ModelKey, OnInfeasible
 from server.wire.inference import Signature
 from variants.data import match_inputs, read_arrays, targets_of
 from variants.evaluate import INVARIANT, judge
@@ -53,6 +54,8 @@ log = logging.getLogger(__name__)
 
 ONNXRUNTIME = "onnxruntime"
 _PROFILE_BUDGET_S = 12.0
+
+_loads = count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,8 @@ def load_model(folder: ModelFolder, host: Host) -> ServedModel:
     ]
     order = {name: place for place, name in enumerate(cards)}
     variants = by_speed(sorted((*variants, *set_aside.values()), key=lambda v: (v.name != REFERENCE, order[v.name])))
-    queue = ModelQueue((folder.name, str(version.number)), variants, int(config.batching.max_queue_delay_ms * 1e6))
+    key = ModelKey(folder.name, str(version.number), next(_loads))
+    queue = ModelQueue(key, variants, int(config.batching.max_queue_delay_ms * 1e6))
     return ServedModel(
         name=folder.name,
         version=str(version.number),

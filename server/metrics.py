@@ -133,6 +133,11 @@ class _Families:
             if isinstance(family, Counter | Gauge | Histogram) and family not in (self.decision, self.busy):
                 yield family
 
+    def per_variant(self) -> Iterator[Counter | Gauge | Histogram]:
+        """The families whose series belong to a variant of a model."""
+        whole = (self.accuracy_sum, self.accuracy_count, self.load_duration)
+        return (family for family in self.per_model() if family not in whole)
+
 
 class _VariantSeries:
     """The series of one variant, or of a model's requests that got none, looked up once."""
@@ -219,6 +224,13 @@ class Metrics:
             del self._variants[key]
         for family in self._families.per_model():
             family.remove_by_labels({"model": name, "version": version})
+
+    def remove_variants(self, name: str, version: str, variants: Iterable[str]) -> None:
+        """Drop the series of variants that a version no longer has since it was loaded again."""
+        for variant in variants:
+            self._variants.pop((name, version, variant), None)
+            for family in self._families.per_variant():
+                family.remove_by_labels({"model": name, "version": version, "variant": variant})
 
     def set_variant(self, name: str, version: str, variant: Variant) -> None:
         """Show a variant's state, evidence and profile as they are now."""

@@ -13,6 +13,7 @@ from threading import Lock
 from server.errors import NotFound, Unavailable
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
+from server.scheduling.slo import ModelKey
 from server.wire.inference import Signature
 from server.wire.tensors import quoted
 from variants.runtimes.runtime import Session
@@ -37,9 +38,9 @@ class ServedModel:
     load_ns: int
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> ModelKey:
         """How the scheduler addresses the model."""
-        return self.name, self.version
+        return self.queue.key
 
     def current_variants(self) -> tuple[Variant, ...]:
         """The variants in the states they have now; an operator may have disabled some since they were loaded."""

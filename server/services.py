@@ -166,7 +166,7 @@ class ServerServices:
         return metadata.encode_statistics(self._totals(model) for model in models)
 
     def _totals(self, model: ServedModel) -> metadata.StatisticsFacts:
-        tallies = self._statistics.of(*model.key)
+        tallies = self._statistics.of(model.name, model.version)
         copying = metadata.Duration(tallies.compute.count)  # within compute_infer; perf_analyzer wants equal counts
         return metadata.StatisticsFacts(
             name=model.name,

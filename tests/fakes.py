@@ -15,6 +15,7 @@ from server.models import Models, ServedModel
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.scheduler import Scheduler
+from server.scheduling.slo import ModelKey
 from server.transport.transport import Call, Reply, Taken
 from server.wire.inference import MODEL_INFER, Signature
 from variants.runtimes.runtime import Array
@@ -153,7 +154,7 @@ class World:
             listeners=[*listeners, self.recorder],
             executors=executors,
         )
-        queue = ModelQueue(("m", "1"), variants)
+        queue = ModelQueue(ModelKey("m", "1"), variants)
         signature = Signature(FakeSession.inputs, FakeSession.outputs, 8)
         defaults = Defaults(latency_ns=WAIT_S * 1_000_000_000)
         self.sessions = sessions

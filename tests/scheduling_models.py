@@ -8,7 +8,7 @@ from random import Random
 
 from server.scheduling.admission import Defaults, make_request
 from server.scheduling.model_queue import ModelQueue
-from server.scheduling.slo import OnInfeasible, Request, Slo
+from server.scheduling.slo import ModelKey, OnInfeasible, Request, Slo
 from variants.variant import REFERENCE, Interval, LatencyProfile, State, Variant
 
 MS = 1_000_000
@@ -73,7 +73,7 @@ class Arrival:
 
 def model_of(*variants: Variant, name: str = "m", delay_ms: int = 0) -> ModelQueue:
     """A model with these variants, or the usual five."""
-    return ModelQueue((name, "1"), variants or five_variants(), max_queue_delay_ns=delay_ms * MS)
+    return ModelQueue(ModelKey(name, "1"), variants or five_variants(), max_queue_delay_ns=delay_ms * MS)
 
 
 def slo(latency_ms: float, floor: float | None = None, *on_infeasible: OnInfeasible, **facts: object) -> Slo:

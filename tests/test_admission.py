@@ -9,7 +9,7 @@ from scheduling_models import MS, Arrival, ask, five_variants, queue_up, variant
 from server.errors import Infeasible, NotFound, Overloaded
 from server.scheduling.admission import Defaults, Load, refusal
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
-from server.scheduling.slo import OnInfeasible, Request, Slo
+from server.scheduling.slo import ModelKey, OnInfeasible, Request, Slo
 from variants.variant import Interval, State
 
 DEGRADE, LATE, REJECT = OnInfeasible.DEGRADE, OnInfeasible.LATE, OnInfeasible.REJECT
@@ -19,7 +19,7 @@ BUSY = Load(now_ns=0, free_ns=[10_000 * MS], others_backlog_ns=0)
 
 def model_of(**states: State) -> ModelQueue:
     """The five variants, some in another state."""
-    model = ModelQueue(("m", "1"), five_variants())
+    model = ModelQueue(ModelKey("m", "1"), five_variants())
     model.set_states({**model.states, **states})
     return model
 
@@ -270,7 +270,7 @@ def test_other_models_hold_a_newcomer_up_by_no_more_than_its_own_work_ahead() ->
 def test_a_model_with_one_variant_serves() -> None:
     """A bare model, served as its own reference without evidence, takes requests without a floor and refuses floors."""
     bare = variant("fp32", 0.0, 5, 1)
-    model = ModelQueue(("m", "1"), [bare])
+    model = ModelQueue(ModelKey("m", "1"), [bare])
     assert refusal(model, ask(model, Arrival(0)), IDLE) is None
     with pytest.raises(Infeasible):
         ask(model, Arrival(0, Slo(min_accuracy=0.5)))
@@ -279,7 +279,7 @@ def test_a_model_with_one_variant_serves() -> None:
 def test_no_drop_means_the_reference_even_where_another_is_proven_better() -> None:
     """A ceiling of 0 is about who answers, not about a bound."""
     better = replace(variant("distilled", 0.95, 1, 1), drop=Interval(-0.02, -0.03, -0.01))
-    model = ModelQueue(("m", "1"), [variant("fp32", 0.94, 10, 1), better])
+    model = ModelQueue(ModelKey("m", "1"), [variant("fp32", 0.94, 10, 1), better])
     assert model.variants[0].name == "distilled"
     assert names(model, ask(model, Arrival(0, Slo(max_accuracy_drop=0.0))).allowed) == ["fp32"]
 
@@ -287,6 +287,6 @@ def test_no_drop_means_the_reference_even_where_another_is_proven_better() -> No
 def test_pinning_a_variant_that_cannot_run_here_says_why() -> None:
     """It exists, so it is not unknown; the reason is the one that is listed."""
     amp = replace(variant("amp", 0.9, 1, 1), profile=None, state=State.UNSUPPORTED, reason="no bf16 here")
-    model = ModelQueue(("m", "1"), [variant("fp32", 0.94, 10, 1), amp])
+    model = ModelQueue(ModelKey("m", "1"), [variant("fp32", 0.94, 10, 1), amp])
     with pytest.raises(Infeasible, match="no bf16 here"):
         ask(model, Arrival(0, Slo(variant="amp")))

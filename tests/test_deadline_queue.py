@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.scheduling.deadline_queue import DeadlineHeap, DeadlineQueue
-from server.scheduling.slo import OnInfeasible, Request
+from server.scheduling.slo import ModelKey, OnInfeasible, Request
 
 
 def request(number: int, *, order_ns: int = 0, deadline_ns: int = 0, samples: int = 1) -> Request:
     """A request of which only its place, deadline and size matter."""
     return Request(
         number=number,
-        model=("m", "1"),
+        model=ModelKey("m", "1"),
         allowed=1,
         asked=1,
         fallback=0,

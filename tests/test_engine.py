@@ -13,6 +13,7 @@ from fakes import WAIT_S, FakeSession, World, answer, infer_call, parameters_of,
 
 from server.events import BatchRan, Event, Listener, RequestEnded
 from server.scheduling.model_queue import ModelQueue
+from server.scheduling.slo import ModelKey
 from server.transport.transport import Call
 from variants.runtimes.runtime import Array
 
@@ -360,7 +361,7 @@ def test_a_request_for_a_model_that_was_just_replaced_never_runs_on_the_new_one(
     with one_variant() as world:
         old = world.model
         swapped = [variant("other", 1.0, MS), variant("fp32", 0.5, MS)]
-        new = replace(old, variants=tuple(swapped), queue=ModelQueue(("m", "1"), swapped))
+        new = replace(old, variants=tuple(swapped), queue=ModelQueue(ModelKey("m", "1"), swapped))
         world.engine.add_model(new)
         world.models.add(old)  # as seen by a thread that looked the model up a moment earlier
         call = infer_call([[1, 1]])

@@ -12,7 +12,7 @@ from server.scheduling.admission import Defaults, Load, make_request
 from server.scheduling.explain import Explanation, explain
 from server.scheduling.fitdrain import choose
 from server.scheduling.model_queue import ModelQueue
-from server.scheduling.slo import OnInfeasible, Slo
+from server.scheduling.slo import ModelKey, OnInfeasible, Slo
 from variants.variant import Interval, LatencyProfile, State, Variant
 
 MS = 1_000_000
@@ -36,7 +36,7 @@ DEFAULTS = Defaults(latency_ns=1000 * MS)
 def ask(slo: Slo, *, busy_ms: float = 0, queue: ModelQueue | None = None, defaults: Defaults = DEFAULTS) -> Explanation:
     """Explain on a server with one executor that is busy for so long."""
     load = Load(NOW, [NOW + int(busy_ms * MS)], 0)
-    return explain(queue or ModelQueue(("m", "1"), VARIANTS), VARIANTS, slo, defaults, load, choose)
+    return explain(queue or ModelQueue(ModelKey("m", "1"), VARIANTS), VARIANTS, slo, defaults, load, choose)
 
 
 def whys(explanation: Explanation) -> Mapping[str, str]:
@@ -115,7 +115,7 @@ def test_the_models_own_floor_shows() -> None:
 
 def test_a_disabled_variant() -> None:
     """What an operator disabled is said to be disabled."""
-    queue = ModelQueue(("m", "1"), VARIANTS)
+    queue = ModelQueue(ModelKey("m", "1"), VARIANTS)
     queue.set_states({**queue.states, "fp32": State.DISABLED})
     found = ask(Slo(), queue=queue)
     assert found.variant == "int8"
@@ -124,7 +124,7 @@ def test_a_disabled_variant() -> None:
 
 def test_asking_leaves_no_trace() -> None:
     """The queue, its backlog and its forecast are what they were."""
-    queue = ModelQueue(("m", "1"), VARIANTS)
+    queue = ModelQueue(ModelKey("m", "1"), VARIANTS)
     waiting = make_request(queue, Slo(), DEFAULTS, number=1, samples=1, size_bytes=8, shape=(2,), arrival_ns=NOW - MS)
     queue.add(waiting)
 
@@ -140,7 +140,7 @@ def test_asking_leaves_no_trace() -> None:
 
 def test_behind_others_the_answer_is_still_about_this_request() -> None:
     """A more urgent request that waits does not decide which variant is named, least of all below a hard floor."""
-    queue = ModelQueue(("m", "1"), VARIANTS)
+    queue = ModelQueue(ModelKey("m", "1"), VARIANTS)
     urgent = make_request(
         queue, Slo(latency_ns=5 * MS), DEFAULTS, number=1, samples=1, size_bytes=0, shape=(), arrival_ns=NOW
     )

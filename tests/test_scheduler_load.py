@@ -8,7 +8,7 @@ from scheduling_world import World, noisy
 
 from server.scheduling.admission import Defaults
 from server.scheduling.scheduler import Run
-from server.scheduling.slo import OnInfeasible, Outcome, Slo
+from server.scheduling.slo import ModelKey, OnInfeasible, Outcome, Slo
 
 DEGRADE, LATE, REJECT = OnInfeasible.DEGRADE, OnInfeasible.LATE, OnInfeasible.REJECT
 SECOND = 1000 * MS
@@ -199,7 +199,7 @@ def test_a_batch_that_takes_ten_times_as_long_is_survived() -> None:
 def test_saturation_rises_from_idle_to_full() -> None:
     """The autoscaling signal is 0 at rest, 1 when the backlog takes all the time that requests allow."""
     world = World(model_of())
-    key = ("m", "1")
+    key = ModelKey("m", "1")
     assert world.scheduler.saturation(key, 0) == 0.0
     world.arrive(Arrival(0, slo(500)))
     world.run(until_ns=0)
@@ -216,4 +216,4 @@ def test_late_work_that_waits_is_no_idleness() -> None:
     world = World(model_of())
     world.arrive(Arrival(0, slo(500)), *[Arrival(MS, slo(0.5, None, OnInfeasible.LATE))] * 400)
     world.run(until_ns=2 * MS)
-    assert world.scheduler.saturation(("m", "1"), 2 * MS) > 0.5
+    assert world.scheduler.saturation(ModelKey("m", "1"), 2 * MS) > 0.5

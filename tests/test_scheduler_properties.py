@@ -17,7 +17,7 @@ from scheduling_world import Service, World, exact
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.scheduler import Run
-from server.scheduling.slo import OnInfeasible, Outcome, Slo
+from server.scheduling.slo import ModelKey, OnInfeasible, Outcome, Slo
 from variants.variant import State, Variant
 
 REFUSED = {Outcome.REJECTED, Outcome.INFEASIBLE, Outcome.EXPIRED}
@@ -91,7 +91,7 @@ class Scenario:
         """A finished world."""
         random = Random(self.seed)  # noqa: S311 - repeatable on purpose
         models = [
-            ModelQueue((name, "1"), family, delay_ms * MS)
+            ModelQueue(ModelKey(name, "1"), family, delay_ms * MS)
             for name, family, delay_ms in zip("mn", self.families, self.delays_ms, strict=True)
         ]
         world = World(
@@ -217,7 +217,7 @@ def test_an_idle_server_that_obeys_next_event_lets_no_feasible_request_expire(
     family: list[Variant], asked: list[Slo], samples: int, delay_ms: int, executors: int
 ) -> None:
     """One request at a time, at any queue delay: it is refused on arrival as never feasible, or answered in time."""
-    model = ModelQueue(("m", "1"), family, delay_ms * MS)
+    model = ModelQueue(ModelKey("m", "1"), family, delay_ms * MS)
     world = World(model, executors=executors, defaults=Defaults(120 * MS), service=exact)
     numbers = world.arrive(*[Arrival(at * 1000 * MS, slo, samples=samples) for at, slo in enumerate(asked)])
     world.run()
@@ -242,7 +242,7 @@ def test_admitted_requests_are_answered_in_time_when_all_goes_as_predicted(
     family: list[Variant], budgets_ms: list[int], floors: list[float | None], executors: int
 ) -> None:
     """A herd at one instant and nothing after it: what is let in and is not overloaded meets its deadline."""
-    world = World(ModelQueue(("m", "1"), family), executors=executors)
+    world = World(ModelQueue(ModelKey("m", "1"), family), executors=executors)
     world.arrive(
         *[Arrival(0, Slo(ms * MS, floor)) for ms, floor in zip(budgets_ms, floors, strict=False)],
     )

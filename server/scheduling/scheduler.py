@@ -15,10 +15,9 @@ from server.scheduling import admission, fitdrain
 from server.scheduling.admission import Load
 from server.scheduling.fitdrain import Choice
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
-from server.scheduling.slo import OnInfeasible, Outcome, Request
+from server.scheduling.slo import ModelKey, OnInfeasible, Outcome, Request
 from variants.variant import State
 
-ModelKey = tuple[str, str]
 Policy = Callable[[ModelQueue, int, Sequence[int]], Choice]
 
 _QUEUE_FULL_RETRY_NS = 50_000_000

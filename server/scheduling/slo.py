@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Outcome(StrEnum):
@@ -31,6 +32,14 @@ class OnInfeasible(StrEnum):
     DEGRADE = "degrade"
     LATE = "late"
     REJECT = "reject"
+
+
+class ModelKey(NamedTuple):
+    """A loaded model. `load` tells a version that was loaded again from the one it replaces, which may still answer."""
+
+    name: str
+    version: str
+    load: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ class Request:
     """
 
     number: int
-    model: tuple[str, str]
+    model: ModelKey
     allowed: int
     asked: int
     fallback: int
