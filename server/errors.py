@@ -34,9 +34,9 @@ class Infeasible(ServingError):
 
 
 class Overloaded(ServingError):
-    """The SLO could be met when idle but not now, or the queue is full."""
+    """The SLO could be met when idle but not now, or the queue is full. None: trying again is no use."""
 
-    def __init__(self, message: str, retry_after_ns: int) -> None:
+    def __init__(self, message: str, retry_after_ns: int | None) -> None:
         super().__init__(message)
         self.retry_after_ns = retry_after_ns
 

@@ -143,6 +143,12 @@ def test_the_models_own_floor_is_soft() -> None:
     assert request.fallback
 
 
+def test_the_models_own_floor_is_hard_for_who_says_so() -> None:
+    """`slo_floor=hard` counts also where the floor itself is the model's."""
+    request = made(Slo(hard=True, on_infeasible=(DEGRADE,)), Defaults(1000 * MS, max_accuracy_drop=0.002))
+    assert request.fallback == 0
+
+
 def test_naming_any_floor_replaces_the_models_whole_floor() -> None:
     """A request's own minimum is not combined with the model's maximum drop, and is hard."""
     request = made(Slo(min_accuracy=0.89), Defaults(MS, max_accuracy_drop=0.002))

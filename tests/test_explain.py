@@ -138,6 +138,17 @@ def test_asking_leaves_no_trace() -> None:
     assert state() == before
 
 
+def test_asking_while_somebody_waits_for_a_variant_that_went() -> None:
+    """The end of a request whose pinned variant was just disabled is due; the question is answered all the same."""
+    queue = ModelQueue(ModelKey("m", "1"), VARIANTS)
+    waiting = make_request(
+        queue, Slo(variant="int8"), DEFAULTS, number=1, samples=1, size_bytes=0, shape=(), arrival_ns=NOW - MS
+    )
+    queue.add(waiting)
+    queue.set_states({**queue.states, "int8": State.DISABLED})
+    assert ask(Slo(), queue=queue).variant == "fp32"
+
+
 def test_behind_others_the_answer_is_still_about_this_request() -> None:
     """A more urgent request that waits does not decide which variant is named, least of all below a hard floor."""
     queue = ModelQueue(ModelKey("m", "1"), VARIANTS)

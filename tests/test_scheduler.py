@@ -198,6 +198,9 @@ def test_the_queue_is_bounded_in_count_and_bytes() -> None:
     world.run(until_ns=16 * MS)
     assert world.outcome(full) is world.outcome(heavy) is Outcome.REJECTED
     world.run()
+    huge = world.arrive(Arrival(world.now_ns, slo(500), size_bytes=1001))[0]
+    world.run()
+    assert world.outcome(huge) is Outcome.REJECTED, "it would not fit into an empty queue"
     assert [world.outcome(number) for number in (*fits, again)] == [Outcome.OK] * 4
 
 
@@ -223,16 +226,6 @@ def test_a_tight_deadline_is_not_held() -> None:
     world.arrive(Arrival(0, slo(30)), Arrival(SECOND, slo(4)))
     world.run()
     assert world.outcomes() == {"ok": 2}
-
-
-def test_late_work_does_not_slip_in_while_a_batch_is_held() -> None:
-    """An executor that waits for a batch to grow does not start late work, which would hold the batch up."""
-    world = World(model_of(delay_ms=5))
-    regular = world.arrive(Arrival(0, slo(500)))
-    world.arrive(Arrival(MS, slo(1, None, LATE)))
-    world.run()
-    assert [member.number for batch in world.batches for member in batch.members] == [*regular, 1]
-    assert world.batches[0].at_ns == 5 * MS
 
 
 def test_a_hold_that_ends_while_every_executor_is_busy_asks_for_nothing() -> None:

@@ -6,9 +6,8 @@ import pytest
 from scheduling_models import MS, Arrival, gamma_arrivals, model_of, slo
 from scheduling_world import World, noisy
 
-from server.scheduling.admission import Defaults
 from server.scheduling.scheduler import Run
-from server.scheduling.slo import ModelKey, OnInfeasible, Outcome, Slo
+from server.scheduling.slo import ModelKey, OnInfeasible, Outcome
 
 DEGRADE, LATE, REJECT = OnInfeasible.DEGRADE, OnInfeasible.LATE, OnInfeasible.REJECT
 SECOND = 1000 * MS
@@ -37,54 +36,6 @@ def test_a_soft_floor_degrades_in_overload_and_only_then() -> None:
     assert world.ended[early].variant == world.ended[last].variant == "fp32"
     assert world.outcomes()["degraded"] > 500
     assert world.outcomes()["ok"] > 10
-
-
-def test_late_work_runs_only_when_nothing_else_waits() -> None:
-    """Late requests fill idle executors, and never start before a request that can still be in time."""
-    world = World(model_of())
-    late = world.arrive(*[Arrival(0, Slo(latency_ns=MS, on_infeasible=(LATE,)))] * 20)
-    world.arrive(*[Arrival(at * 5 * MS, slo(50)) for at in range(40)])
-    world.run()
-    assert world.outcomes() == {"late": 20, "ok": 40}
-    for batch in world.batches:
-        if batch.reason == "late":
-            waiting = [
-                number
-                for number, arrival in enumerate(world.arrivals)
-                if number not in late and arrival.at_ns <= batch.at_ns and world.ended[number].at_ns > batch.at_ns
-            ]
-            running = {m.number for b in world.batches if b is not batch for m in b.members if b.at_ns < batch.at_ns}
-            assert set(waiting) <= running
-
-
-def test_late_work_leaves_regular_work_as_it_was() -> None:
-    """A thousand requests that are late already do not make one late that is not."""
-
-    def regular(late: int) -> list[str]:
-        world = World(model_of(), executors=2)
-        numbers = world.arrive(*[Arrival(SECOND + at * 100 * MS, slo(90)) for at in range(20)])
-        world.arrive(*[Arrival(SECOND, Slo(latency_ns=MS, on_infeasible=(LATE,)))] * late)
-        world.run()
-        return [world.outcome(number).value for number in numbers]
-
-    assert regular(1000) == regular(0) == ["ok"] * 20
-
-
-def test_default_latencies_are_never_refused_for_it() -> None:
-    """A flood of requests that named no latency is answered to the last, ok or late."""
-    world = World(model_of(), executors=2, defaults=Defaults(latency_ns=100 * MS))
-    world.arrive(*[Arrival(0)] * 1500)
-    world.run()
-    assert set(world.outcomes()) == {"ok", "late"}
-    assert world.outcomes()["late"] > 500
-
-
-def test_late_work_of_several_models_takes_turns() -> None:
-    """Of two models with late work only, neither waits for the other to be done."""
-    world = World(model_of(name="m"), model_of(name="n"), defaults=Defaults(latency_ns=MS))
-    world.arrive(*[Arrival(0, model="m")] * 200, *[Arrival(0, model="n")] * 200)
-    world.run()
-    assert {batch.model for batch in world.batches[:4]} == {"m", "n"}
 
 
 def test_high_priority_goes_first_and_low_priority_is_not_starved() -> None:
@@ -209,11 +160,3 @@ def test_saturation_rises_from_idle_to_full() -> None:
     assert world.scheduler.saturation(key, MS) > 0.9
     world.run()
     assert world.scheduler.saturation(key, world.now_ns) == 0.0
-
-
-def test_late_work_that_waits_is_no_idleness() -> None:
-    """An autoscaler must not take executors away from a backlog because all of it is late already."""
-    world = World(model_of())
-    world.arrive(Arrival(0, slo(500)), *[Arrival(MS, slo(0.5, None, OnInfeasible.LATE))] * 400)
-    world.run(until_ns=2 * MS)
-    assert world.scheduler.saturation(ModelKey("m", "1"), 2 * MS) > 0.5

@@ -91,17 +91,16 @@ def make_request(  # noqa: PLR0913 - these are the facts of a request, named at 
         payload=payload,
     )
     if not asked and not (request.fallback and OnInfeasible.DEGRADE in request.on_infeasible):
-        raise Infeasible(
-            f"no variant of {model.key[0]} is proven to meet this accuracy floor; {offers(model, samples)}"
-        )
+        why = "is proven to meet this accuracy floor" if model.eligible else "takes traffic at the moment"
+        raise Infeasible(f"no variant of {model.key.name} {why}; {offers(model, samples)}")
     return request
 
 
 def with_floor(slo: Slo, defaults: Defaults) -> Slo:
-    """The SLO with the model's own floor where it names none; that one is soft, since nobody asked for it."""
+    """The SLO with the model's own floor where it names none; that one is soft unless the request says otherwise."""
     if slo.min_accuracy is not None or slo.max_accuracy_drop is not None:
-        return slo
-    return replace(slo, max_accuracy_drop=defaults.max_accuracy_drop, hard=False)
+        return slo if slo.hard is not None else replace(slo, hard=True)
+    return replace(slo, max_accuracy_drop=defaults.max_accuracy_drop, hard=bool(slo.hard))
 
 
 def _floor_class(model: ModelQueue, slo: Slo) -> int:
@@ -110,11 +109,12 @@ def _floor_class(model: ModelQueue, slo: Slo) -> int:
     for place, variant in enumerate(model.variants):
         if variant.name == slo.variant:
             if model.states[variant.name] is State.DISABLED:
-                raise Infeasible(f"variant {variant.name} of {model.key[0]} is disabled")
+                raise Infeasible(f"variant {variant.name} of {model.key.name} is disabled; {offers(model, 1)}")
             return 1 << place
     if slo.variant in model.unmeasured:
-        raise Infeasible(f"{slo.variant} of {model.key[0]} cannot run here: {model.unmeasured[slo.variant]}")
-    raise NotFound(f"model {model.key[0]} has no variant {slo.variant}")
+        why = model.unmeasured[slo.variant]
+        raise Infeasible(f"{slo.variant} of {model.key.name} cannot run here: {why}; {offers(model, 1)}")
+    raise NotFound(f"model {model.key.name} has no variant {slo.variant}")
 
 
 def _on_infeasible(slo: Slo, defaults: Defaults, *, named_latency: bool) -> tuple[OnInfeasible, ...]:
@@ -128,11 +128,14 @@ def _on_infeasible(slo: Slo, defaults: Defaults, *, named_latency: bool) -> tupl
 def offers(model: ModelQueue, samples: int) -> str:
     """What could be had on an idle server, for a client that asked for too much."""
     pairs = [
-        f"{model.variants[v].name} (accuracy {model.variants[v].proven_accuracy:.4f}, "
-        f"{_achievable_ms(model, v, samples):.2f} ms)"
+        f"{model.variants[v].name} (accuracy {_proven(model.variants[v])}, {_achievable_ms(model, v, samples):.2f} ms)"
         for v in model.fitting(model.eligible, samples)
     ]
     return f"achievable here: {', '.join(pairs) or 'nothing'}"
+
+
+def _proven(variant: Variant) -> str:
+    return f"{variant.proven_accuracy:.4f}" if variant.score else "unproven"
 
 
 def _achievable_ms(model: ModelQueue, variant: int, samples: int) -> float:
@@ -179,7 +182,7 @@ def refusal(model: ModelQueue, request: Request, load: Load) -> ServingError | N
 
 def why_not(model: ModelQueue, request: Request, allowed: int, load: Load) -> ServingError | None:
     """Why a request cannot be answered in time on these variants; None when it can."""
-    name, samples = model.key[0], request.samples
+    name, samples = model.key.name, request.samples
     fitting = model.fitting(allowed, samples)
     if not fitting:
         return Infeasible(f"no variant of {name} that this request allows can run here; {offers(model, samples)}")
@@ -190,8 +193,8 @@ def why_not(model: ModelQueue, request: Request, allowed: int, load: Load) -> Se
     if min(model.latency.idle_ns(v, samples) for v in fitting) + REPLY_RESERVE_NS > budget_ns:
         idle_ms = min(_achievable_ms(model, v, samples) for v in fitting)
         return Infeasible(
-            f"{name} cannot meet {budget_ns / 1e6:.2f} ms at this accuracy floor even when idle: "
-            f"it takes {idle_ms:.2f} ms; {offers(model, samples)}"
+            f"{name} cannot meet {budget_ns / 1e6:.2f} ms with the variants that this request allows, even when idle: "
+            f"they take {idle_ms:.2f} ms; {offers(model, samples)}"
         )
     late_ns = finish_ns - request.deadline_ns
     return Overloaded(f"{name} is too busy: this request would be {late_ns / 1e6:.2f} ms late", late_ns)

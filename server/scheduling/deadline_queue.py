@@ -2,8 +2,8 @@
 
 - A `DeadlineQueue` holds one floor class and one shape in the order in which they should run, for batches.
 - A `DeadlineHeap` holds one floor class and one size in the order of their deadlines, whatever their shapes, because
-  class, size and deadline alone decide when a request becomes hopeless. It is cleaned lazily: a request that left is
-  skipped when it surfaces.
+  class, size and deadline alone decide when a request becomes hopeless. It is cleaned lazily: the number of a request
+  that left is skipped when it surfaces, and nothing else of it is kept.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ class DeadlineHeap:
     """Requests by (deadline, number). At most twice as many entries are kept as requests wait, and a few."""
 
     def __init__(self) -> None:
-        self._entries: list[Entry] = []
-        self._waiting: set[Request] = set()
+        self._entries: list[tuple[int, int]] = []
+        self._waiting: dict[int, Request] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, request: Request) -> None:
         """Take note of a request."""
-        self._waiting.add(request)
-        heappush(self._entries, (request.deadline_ns, request.number, request))
+        self._waiting[request.number] = request
+        heappush(self._entries, (request.deadline_ns, request.number))
 
     def discard(self, request: Request) -> None:
         """Forget a request. Raises KeyError if it is not here."""
-        self._waiting.remove(request)
+        del self._waiting[request.number]
         if len(self._entries) > 2 * len(self._waiting) + 64:
-            self._entries = [entry for entry in self._entries if entry[2] in self._waiting]
+            self._entries = [entry for entry in self._entries if entry[1] in self._waiting]
             heapify(self._entries)
 
     def soonest(self) -> Request:
         """The request with the least deadline. Raises IndexError when empty."""
-        while self._entries[0][2] not in self._waiting:
+        while self._entries[0][1] not in self._waiting:
             heappop(self._entries)
-        return self._entries[0][2]
+        return self._waiting[self._entries[0][1]]

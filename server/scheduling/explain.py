@@ -72,6 +72,8 @@ def _ask(
     if request.late:
         fastest = model.fastest(request.allowed)
         return (None, "late") if fastest is None else (model.variants[fastest].name, "late")
+    if model.hopeless(load.now_ns):  # their end is due, and the policy must not see them
+        model = _alone(model)
     choice = _with_request(model, request, load, policy)
     reason = choice.reason
     if request not in choice.requests:  # others go first: what it gets when its turn comes

@@ -58,6 +58,8 @@ class ModelQueue:
         self.late: dict[QueueKey, DeadlineQueue] = {}
         self.waiting = 0
         self.waiting_bytes = 0
+        self.late_waiting = 0
+        self.late_bytes = 0
         self.served_ns = 0
         self.typical_budget_ns = 0.0
         self.usable = 0
@@ -91,6 +93,9 @@ class ModelQueue:
         self._by_deadline.setdefault((request.allowed, request.samples, request.late), DeadlineHeap()).add(request)
         self.waiting += 1
         self.waiting_bytes += request.size_bytes
+        if request.late:
+            self.late_waiting += 1
+            self.late_bytes += request.size_bytes
 
     def remove(self, request: Request) -> None:
         """Take a waiting request out; an empty class is forgotten, so hostile shapes leave nothing behind."""
@@ -105,12 +110,16 @@ class ModelQueue:
             del self._by_deadline[request.allowed, request.samples, request.late]
         self.waiting -= 1
         self.waiting_bytes -= request.size_bytes
+        if request.late:
+            self.late_waiting -= 1
+            self.late_bytes -= request.size_bytes
 
     def note_arrival(self, samples: int, budget_ns: int, now_ns: int) -> None:
-        """Feed the forecast, and the average of the time that requests allow."""
+        """Feed the forecast, and the geometric mean of the time requests allow, which few patient ones hardly move."""
         self.forecast.arrived(samples, now_ns)
         gain = max(_BUDGET_GAIN, 1.0 - 0.5 ** ((now_ns - self._budget_ns) / _BUDGET_HALF_LIFE_NS))
-        self.typical_budget_ns += (gain if self.typical_budget_ns else 1.0) * (budget_ns - self.typical_budget_ns)
+        typical_ns = self.typical_budget_ns or float(budget_ns)
+        self.typical_budget_ns = typical_ns * (budget_ns / typical_ns) ** gain
         self._budget_ns = now_ns
 
     def fastest(self, allowed: int) -> int | None:

@@ -100,16 +100,20 @@ class Scheduler:
         """Admit a request or refuse it; others that became hopeless meanwhile may end with it."""
         ended = self.tick(now_ns)
         model = self.models[request.model]
-        if model.waiting >= self._max_requests or model.waiting_bytes + request.size_bytes > self._max_bytes:
-            error: ServingError | None = Overloaded("the queue is full", _QUEUE_FULL_RETRY_NS)
+        if request.size_bytes > self._max_bytes:
+            error: ServingError | None = Overloaded(f"more bytes than may ever wait here ({self._max_bytes})", None)
+        elif model.waiting >= self._max_requests or model.waiting_bytes + request.size_bytes > self._max_bytes:
+            error = Overloaded("the queue is full", _QUEUE_FULL_RETRY_NS)
         elif request.deadline_ns <= request.arrival_ns and OnInfeasible.LATE not in request.on_infeasible:
             error = DeadlineMissed("the deadline had passed on arrival")
         else:
             error = admission.refusal(model, request, self.load(model, now_ns))
+            if request.late and not self._has_room_for_late(model, request):
+                error = Overloaded("the queue of late work is full", _QUEUE_FULL_RETRY_NS)
         if isinstance(error, Overloaded) or (error is None and not request.late):  # what can never be met is no traffic
             model.note_arrival(request.samples, max(request.deadline_ns - request.arrival_ns, 1), now_ns)
         if error is None:
-            if not model.waiting:  # it starts level with the others: idleness earns no credit
+            if not model.queues:  # it starts level with the others: neither idleness nor late work earns credit
                 model.served_ns = max(model.served_ns, self._served_ns)
             model.add(request)
         else:
@@ -131,11 +135,11 @@ class Scheduler:
         for model in fairly:
             if model.queues and not self._holds_back(model, now_ns):
                 return self._run(executor, model, self._policy(model, now_ns, others_free_ns), now_ns)
-        if any(model.queues for model in fairly):
-            return None
+        held_until_ns = [self._held_until_ns(model, now_ns) for model in fairly if model.queues]
+        spare_ns = min((until_ns - now_ns for until_ns in held_until_ns if until_ns is not None), default=None)
         for model in fairly:
-            if model.late:
-                return self._run(executor, model, _late_batch(model), now_ns)
+            if model.late and (choice := _late_batch(model, spare_ns)):
+                return self._run(executor, model, choice, now_ns)
         return None
 
     def finished(self, run: Run, now_ns: int, compute_ns: int) -> None:
@@ -189,9 +193,15 @@ class Scheduler:
             instants += [instant for instant in held_ns if instant is not None]
         return max(now_ns, min(instants)) if instants else None
 
-    def set_states(self, key: ModelKey, states: dict[str, State]) -> None:
-        """Change which variants may run. What waits for a variant that is now disabled ends at the next `tick`."""
-        self.models[key].set_states(states)
+    def set_states(self, key: ModelKey, states: dict[str, State]) -> bool:
+        """Change which variants may run; False where the model has gone.
+
+        What waits for a variant that is now disabled ends at the next `tick`.
+        """
+        model = self.models.get(key)
+        if model is not None:
+            model.set_states(states)
+        return model is not None
 
     def saturation(self, key: ModelKey, now_ns: int) -> float:
         """0 when idle, 1 when the waiting work takes all the time that requests typically allow."""
@@ -240,7 +250,11 @@ class Scheduler:
                 request.fallback = 0
                 model.add(request)  # still hopeless? then the next round tries the next action
                 return None
-            if action is OnInfeasible.LATE and model.fitting(request.allowed, request.samples):
+            if (
+                action is OnInfeasible.LATE
+                and model.fitting(request.allowed, request.samples)
+                and self._has_room_for_late(model, request)
+            ):
                 request.late = True
                 model.add(request)
                 return None
@@ -249,6 +263,11 @@ class Scheduler:
         waited_ms = (now_ns - request.arrival_ns) / 1e6
         error = DeadlineMissed(f"after {waited_ms:.2f} ms in the queue the deadline can no longer be met")
         return End(request, Outcome.EXPIRED, error)
+
+    def _has_room_for_late(self, model: ModelQueue, request: Request) -> bool:
+        """Late work may fill half of each bound: it would otherwise keep out requests that can still be in time."""
+        waiting, waiting_bytes = model.late_waiting, model.late_bytes + request.size_bytes
+        return waiting < self._max_requests // 2 and waiting_bytes <= self._max_bytes // 2
 
     def _holds_back(self, model: ModelQueue, now_ns: int) -> bool:
         held_until_ns = self._held_until_ns(model, now_ns)
@@ -268,8 +287,11 @@ class Scheduler:
         return min(oldest_ns + model.max_queue_delay_ns, latest_ns)
 
 
-def _late_batch(model: ModelQueue) -> Choice:
-    """Late work, oldest first, on the fastest variant and in a batch short enough to hold up nobody for long."""
+def _late_batch(model: ModelQueue, spare_ns: int | None) -> Choice | None:
+    """Late work, oldest first, on the fastest variant and in a batch short enough to hold up nobody for long.
+
+    None when not even its first request could be answered within the time that is to spare.
+    """
     (allowed, _), queue = min(model.late.items(), key=lambda item: item[1].entries[0][:2])
     first = queue.first()
     fitting = model.fitting(allowed, first.samples)
@@ -277,13 +299,17 @@ def _late_batch(model: ModelQueue) -> Choice:
     if variant is None:
         raise AssertionError("late work without a usable variant must have ended. This is a bug.")
     batch, samples = [first], first.samples
-    most = model.latency.largest_batch(variant, _LATE_BLOCKS_AT_MOST_NS) if model.variants[variant].batchable else 0
+    most_ns = _LATE_BLOCKS_AT_MOST_NS if spare_ns is None else min(_LATE_BLOCKS_AT_MOST_NS, spare_ns)
+    most = model.latency.largest_batch(variant, most_ns) if model.variants[variant].batchable else 0
     for _, _, request in queue.entries[1:]:
         if samples + request.samples > most:
             break
         batch.append(request)
         samples += request.samples
-    return Choice(variant, tuple(batch), samples, model.latency.predict_ns(variant, samples), "late")
+    predicted_ns = model.latency.predict_ns(variant, samples)
+    if spare_ns is not None and predicted_ns > spare_ns:
+        return None
+    return Choice(variant, tuple(batch), samples, predicted_ns, "late")
 
 
 _REFUSALS: dict[type[ServingError], Outcome] = {

@@ -46,14 +46,15 @@ class ModelKey(NamedTuple):
 class Slo:
     """What a request asks, as it asked it: None where it said nothing.
 
-    Accuracies are in [0, 1]; `hard` says whether the accuracy floor may ever be broken; a `variant` pins one variant
-    and makes the accuracy fields void. `priority` 1 is the highest, 0 the default.
+    Accuracies are in [0, 1]; `hard` says whether the accuracy floor may never be broken, and where nothing is said a
+    floor that the request names is hard and the model's own is soft; a `variant` pins one variant and makes the
+    accuracy fields void. `priority` 1 is the highest, 0 the default.
     """
 
     latency_ns: int | None = None
     min_accuracy: float | None = None
     max_accuracy_drop: float | None = None
-    hard: bool = True
+    hard: bool | None = None
     on_infeasible: tuple[OnInfeasible, ...] | None = None
     variant: str | None = None
     priority: int = 0

@@ -47,8 +47,8 @@ def to_status(error: errors.ServingError) -> WireStatus:
     code = CODES[type(error)]
     text = str(error)
     message = text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
-    details = _retry_details(code, message, error.retry_after_ns) if isinstance(error, errors.Overloaded) else b""
-    return WireStatus(code, message, details)
+    retry_after_ns = error.retry_after_ns if isinstance(error, errors.Overloaded) else None
+    return WireStatus(code, message, b"" if retry_after_ns is None else _retry_details(code, message, retry_after_ns))
 
 
 def _retry_details(code: int, message: str, retry_after_ns: int) -> bytes:

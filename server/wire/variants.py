@@ -79,7 +79,7 @@ def read_slo(slo: pb.Slo) -> Slo:
         latency_ns=latency_ns("latency_ms", slo.latency_ms) if slo.HasField("latency_ms") else None,
         min_accuracy=fraction("min_accuracy", slo.min_accuracy) if slo.HasField("min_accuracy") else None,
         max_accuracy_drop=fraction(drop, slo.max_accuracy_drop) if slo.HasField(drop) else None,
-        hard=hard_floor("floor", slo.floor or "hard"),
+        hard=hard_floor("floor", slo.floor) if slo.floor else None,
         on_infeasible=on_infeasible("on_infeasible", slo.on_infeasible) or None,
         variant=pinned_variant("variant", slo.variant) if slo.variant else None,
         priority=priority("priority", slo.priority),
