@@ -15,12 +15,12 @@ from itertools import count
 from pathlib import Path
 
 from server.eligibility import by_speed, by_verdict, served_ns
+from server.example import example_inputs
 from server.models import ServedModel
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.slo import ModelKey, OnInfeasible
 from server.wire.inference import Signature
-from variants.data import match_inputs, read_arrays, targets_of
 from variants.evaluate import INVARIANT, judge
 from variants.hardware import Hardware, needs_reduced_range
 from variants.measure import (
@@ -31,7 +31,6 @@ from variants.measure import (
     find_failures,
     measure_profiles,
     profile_batch_sizes,
-    synthetic_inputs,
 )
 from variants.model_config import GateConfig, ModelConfig, RepositoryError
 from variants.repository import ModelFolder, VersionFolder, file_sha256
@@ -120,6 +119,7 @@ def load_model(folder: ModelFolder, host: Host) -> ServedModel:
     ]
     order = {name: place for place, name in enumerate(cards)}
     variants = by_speed(sorted((*variants, *set_aside.values()), key=lambda v: (v.name != REFERENCE, order[v.name])))
+    variants = [replace(variant, reason=for_clients(variant.reason, folder)) for variant in variants]
     key = ModelKey(folder.name, str(version.number), next(_loads))
     queue = ModelQueue(key, variants, int(config.batching.max_queue_delay_ms * 1e6))
     return ServedModel(
@@ -133,6 +133,11 @@ def load_model(folder: ModelFolder, host: Host) -> ServedModel:
         defaults=_defaults(config, host),
         load_ns=time.monotonic_ns() - start_ns,
     )
+
+
+def for_clients(reason: str, folder: ModelFolder) -> str:
+    """A reason without the paths of this host, which are no client's concern."""
+    return reason.replace(f"{folder.path}/", "").replace(str(folder.path), folder.path.name)
 
 
 def _cards(version: VersionFolder) -> tuple[dict[str, Card], dict[str, Variant]]:
@@ -246,8 +251,18 @@ def _without_runtime(name: str, card: Card, host: Host, why_not: str) -> Variant
 
 
 def _unsupported(card: Card, reason: str) -> Variant:
+    """A variant that cannot run here, with what was proven about it elsewhere."""
+    evidence = next(iter(card.runtimes.values()), None)
     return Variant(
-        card.variant, State.UNSUPPORTED, reason, _precision(card), runtime="", device="", size_bytes=card.size_bytes
+        name=card.variant,
+        state=State.UNSUPPORTED,
+        reason=reason,
+        precision=_precision(card),
+        runtime="",
+        device="",
+        score=evidence.score if evidence else None,
+        drop=_drop(card, evidence),
+        size_bytes=card.size_bytes,
     )
 
 
@@ -270,7 +285,7 @@ def _profiles(
 ) -> tuple[dict[tuple[str, str], LatencyProfile], dict[tuple[str, str], str]]:
     """Each candidate's latency profile, remembered or measured now, in turns; and why those without one failed."""
     sizes = profile_batch_sizes(signature.max_batch_size) if signature.max_batch_size else (1,)
-    example = _example(version, signature)
+    example = example_inputs(version, signature)
     keys = {candidate.key: _profile_key(candidate, sizes, example, host) for candidate in candidates}
     profiles = {key: found for key, profile_key in keys.items() if (found := host.profiles.get(profile_key))}
     missing = {c.key: c.session for c in candidates if c.key not in profiles}
@@ -300,26 +315,6 @@ def _profile_key(candidate: Candidate, sizes: tuple[int, ...], example: Example,
         inputs=describe_inputs(example),
         executors=host.executors,
     )
-
-
-def _example(version: VersionFolder, signature: Signature) -> Example:
-    """One real sample where there is evaluation data that fits, else a synthetic one."""
-    batched = signature.max_batch_size > 0
-    config = version.model.config.evaluation
-    inputs = synthetic_inputs(signature.inputs, 1, batch_axis=batched)
-    if config is not None:
-        specs = [replace(spec, shape=spec.shape[1:]) for spec in signature.inputs] if batched else signature.inputs
-        try:
-            path = version.verify(config.data) if version.is_built else version.resolve(config.data)
-            found = match_inputs(
-                path, read_arrays(path), specs, target=config.target, other_targets=targets_of(version)
-            ).inputs
-            inputs = {
-                name: array[:1] if batched else array[:1].reshape(array.shape[1:]) for name, array in found.items()
-            }
-        except RepositoryError as error:
-            log.warning("model %s: profiling with synthetic inputs: %s", version.model.name, error)
-    return inputs if batched else lambda _: inputs
 
 
 def _fastest(candidates: list[Candidate], profiles: Mapping[tuple[str, str], LatencyProfile]) -> dict[str, Candidate]:

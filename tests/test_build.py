@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from factory_fixtures import Built, build_in_process
 from rich.console import Console
@@ -21,7 +22,7 @@ import variants.plan
 from variants.build import build
 from variants.progress import Reporter
 from variants.recipes import RECIPES
-from variants.recipes.recipe import Recipe
+from variants.recipes.recipe import Ingredients, Product, Recipe
 from variants.repository import ModelFolder, VersionFolder, file_sha256, open_path
 from variants.runtimes.onnx_signature import read_signature
 from variants.variant import Card, Verdict
@@ -199,6 +200,54 @@ def test_an_interrupt_keeps_what_is_finished(onnx_digits: Path, monkeypatch: pyt
     assert (code, err) == (130, "interrupted; finished variants are kept, nothing is half written\n")
     assert set(cards(onnx_digits)) == {"fp32"}
     assert [path.name for path in (onnx_digits / "1/variants").iterdir()] == ["fp32"]
+    version = ModelFolder(onnx_digits).newest()
+    whole = version.manifest()
+    assert "data/evaluation.npz" in whole.files
+    assert "onnxruntime" in whole.tools
+    files = {file: sha for file, sha in whole.files.items() if file.startswith("variants/")}
+    version.write_manifest(whole.model_copy(update={"files": files, "tools": {}}))
+    assert "nothing changed" in run(onnx_digits, only=["fp32"])[1]
+    assert version.manifest() == whole, "what an earlier build left out is made up for"
+
+
+def test_a_remade_reference_has_its_children_made_again(onnx_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost fp32 that comes out with other bytes leaves no variant behind that descends from the lost one."""
+    assert run(onnx_digits)[0] == 0
+
+    def renamed(ingredients: Ingredients, _: object) -> Product:
+        graph = onnx.load(ingredients.source.graph)
+        graph.graph.name = "another"
+        onnx.save(graph, ingredients.work / "another.onnx")
+        return Product({"model.onnx": ingredients.work / "another.onnx"})
+
+    with_recipe(monkeypatch, "fp32", renamed)
+    (onnx_digits / "1/variants/fp32/model.onnx").unlink()
+    assert run(onnx_digits)[0] == 0
+    assert set(cards(onnx_digits)) == {"fp32", "int8-dynamic", "pruned-unstructured"}
+
+
+def test_evidence_in_another_metric_is_stale(onnx_digits: Path) -> None:
+    """After a change of metric, what was not scored in it is left out, and the person is told."""
+    assert run(onnx_digits)[0] == 0
+    yaml = onnx_digits / "model.yaml"
+    yaml.write_text(yaml.read_text().replace("top1", "macro_f1"))
+    code, out, _ = run(onnx_digits, only=["int8-dynamic"])
+    assert code == 0
+    assert set(cards(onnx_digits)) == {"fp32", "int8-dynamic"}
+    assert "pruned-unstructured takes no traffic until it is built again, for fp32 or how it is scored has" in out
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "card.json"])
+def test_a_damaged_neighbour_is_named_and_harms_nothing(onnx_digits: Path, file: str) -> None:
+    """Building one variant beside a damaged one succeeds, with the table, and says which one is damaged."""
+    assert run(onnx_digits)[0] == 0
+    damaged = onnx_digits / "1/variants/pruned-unstructured" / file
+    damaged.write_bytes(damaged.read_bytes() + b" ")
+    code, out, err = run(onnx_digits, only=["int8-dynamic"], force=True)
+    assert (code, err) == (0, "")
+    assert "plain version 1" in out
+    assert "pruned-unstructured takes no traffic until it is built again, for it is damaged: " in out
+    assert f"{file}: changed since it was built" in out
 
 
 def test_only_and_force_choose_what_is_built(onnx_digits: Path) -> None:

@@ -143,6 +143,21 @@ def test_cuda_from_driver_files(tmp_path: Path) -> None:
     assert host(tmp_path, gpus).cuda == (CudaDevice("NVIDIA H200"), CudaDevice("NVIDIA H200"))
 
 
+@pytest.mark.parametrize(
+    ("setting", "names"),
+    [("", ""), ("-1", ""), ("0", "A"), ("1,0", "BA"), ("1,7,0", "B"), ("GPU-8932f937", "A"), ("NoDevFiles", "")],
+)
+def test_hidden_gpus_are_not_ours(tmp_path: Path, setting: str, names: str) -> None:
+    """CUDA_VISIBLE_DEVICES chooses and orders, and ends at the first device that does not exist."""
+    for number, name in enumerate("AB"):
+        folder = tmp_path / f"proc/driver/nvidia/gpus/{number}"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: {name}\n")
+    found = detect_hardware(tmp_path, {"CUDA_VISIBLE_DEVICES": setting}).cuda
+    assert "".join(gpu.name for gpu in found) == names
+    assert len(detect_hardware(tmp_path, {}).cuda) == 2
+
+
 def test_nvidia_smi_table() -> None:
     """nvidia-smi's rows give names and memory; a name may hold a comma and memory may be unknown."""
     found = parse_nvidia_smi("NVIDIA H200, 143771\nTegra, model X, [N/A]\n")

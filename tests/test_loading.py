@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,35 +12,22 @@ import numpy as np
 import onnx
 import pytest
 from factory_fixtures import build_in_process
+from loading_host import this_host
 from serving import asking, request_for, serving
 
 from server import loading
 from server.loading import Host, load_model
 from server.models import ServedModel
-from variants.hardware import Hardware, detect_hardware
-from variants.measure import ProfileCache
+from variants.hardware import Hardware
 from variants.repository import ModelFolder, RepositoryError, VersionFolder, file_sha256
-from variants.runtimes import available_runtimes
 from variants.runtimes.onnxruntime_runtime import OnnxRuntime
 from variants.variant import State, Verdict
-
-HARDWARE = detect_hardware()
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> Host:
     """This machine without memory of earlier profiles, trusting nothing."""
-    return Host(
-        hardware=HARDWARE,
-        device="cpu",
-        threads=1,
-        executors=1,
-        runtimes=available_runtimes(1),
-        profiles=ProfileCache(tmp_path / "profiles"),
-        default_latency_ns=1_000_000_000,
-        allow_unverified=False,
-        trust_torch_archives=False,
-    )
+    return this_host(tmp_path / "profiles")
 
 
 @pytest.fixture
@@ -151,6 +137,8 @@ def test_what_this_host_cannot_run_says_why(repository: Path, host: Host) -> Non
     model = load_model(ModelFolder(repository / "ladder"), without_cuda)
     assert states(model)["amp"] is State.UNSUPPORTED
     assert "fp16 needs a CUDA device" in reason(model, "amp")
+    amp = next(variant for variant in model.variants if variant.name == "amp")
+    assert amp.score == next(iter(model.cards["amp"].runtimes.values())).score, "what is proven about it elsewhere"
     assert states(model)["fp32"] is State.ELIGIBLE
 
 
@@ -188,6 +176,7 @@ def test_an_artefact_that_is_not_the_manifests_is_never_loaded(
     model = load_model(ModelFolder(repository / "ladder"), host)
     assert states(model) == {"fp32": State.ELIGIBLE, "int8-static": State.UNSUPPORTED}
     assert why in reason(model, "int8-static")
+    assert str(repository) not in reason(model, "int8-static"), "clients see it"
     assert "int8-static" not in model.sessions
     (variants / "int8-static" / "model.onnx").unlink(missing_ok=True)
     damage(variants / "fp32" / "model.onnx")
@@ -209,6 +198,17 @@ def test_a_card_that_was_changed_is_not_believed(repository: Path, host: Host) -
             assert model.cards["int8-static"].gate.verdict is Verdict.UNVERIFIED
     with pytest.raises(RepositoryError, match="changed since it was built"):
         load_model(ModelFolder(repository / "ladder"), host)
+
+
+def test_what_a_killed_build_left_is_served_as_it_was(repository: Path, host: Host) -> None:
+    """A reference that had stepped aside for its successor serves from there, in a repository nobody may write to."""
+    version = models.add_ladder(repository)
+    variants = version.path / "variants"
+    (variants / "fp32").rename(variants / ".old-fp32")
+    model = load_model(ModelFolder(repository / "ladder"), host)
+    assert states(model) == {"fp32": State.ELIGIBLE, "int8-static": State.ELIGIBLE}
+    assert model.variants[0].proven_accuracy == 0.99
+    assert sorted(path.name for path in variants.iterdir()) == [".old-fp32", "int8-static"]
 
 
 def test_names_cannot_lead_out_of_the_repository(repository: Path, host: Host) -> None:
@@ -249,34 +249,6 @@ def test_a_torch_archive_needs_the_operators_word(repository: Path, host: Host) 
     trusted = load_model(ModelFolder(repository / "ladder"), replace(host, trust_torch_archives=True))
     assert states(trusted)["int8-static"] is State.UNSUPPORTED
     assert "--trust-torch-archives" not in reason(trusted, "int8-static"), "this one is no archive at all"
-
-
-def test_profiles_are_remembered(repository: Path, host: Host, caplog: pytest.LogCaptureFixture) -> None:
-    """The second load measures nothing and has the very same profiles; another thread count is measured anew."""
-    caplog.set_level(logging.INFO)
-    models.add_ladder(repository)
-    first = load_model(ModelFolder(repository / "ladder"), host)
-    assert "measuring fp32 on onnxruntime, int8-static on onnxruntime" in caplog.text
-    caplog.clear()
-    again = load_model(ModelFolder(repository / "ladder"), host)
-    assert "measuring" not in caplog.text
-    assert [v.profile for v in again.variants] == [v.profile for v in first.variants]
-    for other in (replace(host, threads=2), replace(host, executors=2)):
-        load_model(ModelFolder(repository / "ladder"), other)
-        assert "measuring" in caplog.text
-        caplog.clear()
-
-
-def test_a_profile_of_short_inputs_is_not_reused_for_long_ones(repository: Path, host: Host) -> None:
-    """Data that shows longer sequences than the invented ones have the model measured anew."""
-    folder = models.add(repository, "tokens", models.tokens())
-    short = load_model(ModelFolder(folder), host).variants[0].profile
-    (folder / "model.yaml").write_text("evaluation: {data: evaluation.npz}")
-    np.savez(folder / "1" / "evaluation.npz", ids=np.ones((2, 20000), np.int64), mask=np.ones((2, 20000), np.float32))
-    long = load_model(ModelFolder(folder), host).variants[0].profile
-    assert short is not None
-    assert long is not None
-    assert long.latency_ns(32) > 2 * short.latency_ns(32)
 
 
 def test_a_variant_that_fails_when_it_runs_harms_no_other(repository: Path, host: Host) -> None:
@@ -340,38 +312,6 @@ def test_the_unverified_may_run_on_any_runtime_that_loads_it(repository: Path, h
     here = replace(host, allow_unverified=True, runtimes={"onnxruntime": OnnxRuntime(), "torch": Emulator()})
     model = load_model(ModelFolder(repository / "ladder"), here)
     assert {v.name: v.runtime for v in model.variants if v.state is State.ELIGIBLE}["amp"] == "torch"
-
-
-def test_data_changed_since_the_build_is_not_measured_with(
-    repository: Path, host: Host, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A built version's evaluation data are read only if they are the manifest's."""
-    (repository / "ladder").mkdir()
-    (repository / "ladder" / "model.yaml").write_text("evaluation: {data: evaluation.npz}")
-    version = models.add_ladder(repository)
-    np.savez(version.path / "evaluation.npz", x=np.ones((3, 256), np.float32))
-    load_model(ModelFolder(repository / "ladder"), host)
-    assert "'evaluation.npz' is not in the manifest" in caplog.text
-
-
-def test_real_data_is_measured_with_where_there_is_any(repository: Path, host: Host) -> None:
-    """A model that fails on invented inputs loads once evaluation data shows it real ones, of a wider type too."""
-    folder = models.add(repository, "picky", models.picky(7))
-    with pytest.raises(RepositoryError, match="picky fails on the inputs it is measured with"):
-        load_model(ModelFolder(folder), host)
-    (folder / "model.yaml").write_text("task: classification\nevaluation: {data: evaluation.npz, target: label}")
-    np.savez(folder / "1" / "evaluation.npz", x=np.ones((3, 7)), label=np.zeros(3))
-    assert states(load_model(ModelFolder(folder), host)) == {"fp32": State.ELIGIBLE}
-
-
-def test_data_that_does_not_fit_is_reported_and_replaced(
-    repository: Path, host: Host, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Evaluation data of another shape is no reason not to serve: the model is measured with synthetic inputs."""
-    folder = models.add(repository, "m", models.mlp(16), yaml="evaluation: {data: evaluation.npz}")
-    np.savez(folder / "1" / "evaluation.npz", x=np.ones((3, 5), np.float32))
-    assert states(load_model(ModelFolder(folder), host)) == {"fp32": State.ELIGIBLE}
-    assert "profiling with synthetic inputs" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import variants.plan
 from variants.hardware import Hardware
 from variants.plan import plan
 from variants.repository import ModelFolder
@@ -45,6 +46,27 @@ def test_an_installed_package_counts_whole(tmp_path: Path, monkeypatch: pytest.M
     before = fingerprint(tmp_path / "m", module=f"{package.name}:make")
     (package / "inner" / "layers.py").write_text("two = 2")
     assert fingerprint(tmp_path / "m", module=f"{package.name}:make") != before
+
+
+def test_a_stranger_in_the_current_folder_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of the same name counts only where the model's folder has none, as when it is imported."""
+    model, here = tmp_path / "m", tmp_path / "here"
+    model.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (model / "network.py").write_text("one = 1")
+    before = fingerprint(model)
+    (here / "network.py").write_text("another = 1")
+    assert fingerprint(model) == before
+    (model / "network.py").unlink()
+    borrowed = fingerprint(model)
+    (here / "network.py").write_text("another = 2")
+    assert fingerprint(model) != borrowed
+
+
+def test_the_code_that_runs_variants_counts() -> None:
+    """Evidence is what a runtime answered, so a change of the runtimes' code is a change."""
+    assert "runtimes/onnxruntime_runtime.py" in variants.plan._factory_sha256()
 
 
 def test_what_only_serving_reads_rebuilds_nothing(tmp_path: Path) -> None:

@@ -203,6 +203,22 @@ def test_a_killed_swap_is_undone_by_the_next_build(version: VersionFolder) -> No
     assert [path.name for path in folder.iterdir()] == ["fp32"]
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_reader_needs_no_recovery(version: VersionFolder, is_replaced: bool) -> None:
+    """Killed between the two renames or after them: what the manifest knows is read where it lies, and not moved."""
+    write(version, card())
+    folder = version.path / "variants"
+    (folder / "fp32").rename(folder / ".old-fp32")
+    if is_replaced:
+        (folder / "fp32").mkdir()
+        for file in ("card.json", "model.onnx"):
+            (folder / "fp32" / file).write_bytes(b"of a build that the manifest never knew")
+    assert version.is_built
+    assert version.cards() == {"fp32": card()}
+    assert version.artefact("fp32", "model.onnx") == folder.resolve() / ".old-fp32/model.onnx"
+    assert (folder / "fp32").exists() == is_replaced
+
+
 def test_rewriting_a_variant_replaces_all_its_files(version: VersionFolder) -> None:
     """No file of the predecessor stays on disk or in the manifest."""
     write(version, card())

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from variants.data import Samples
 from variants.hardware import Hardware
-from variants.model_config import ModelConfig
+from variants.model_config import ModelConfig, RepositoryError
 from variants.runtimes.onnxruntime_runtime import OnnxRuntime, OnnxRuntimeSession
 from variants.runtimes.runtime import RuntimeUnavailable
 from variants.variant import Verdict
@@ -60,6 +60,32 @@ def test_what_depends_on_its_batch_is_scored_alone(verifier: Verifier, tmp_path:
     assert proof.batch_invariance > 0.1
     same, _ = verifier.verify("w", {"model.onnx": graph(tmp_path / "same.onnx", "Identity")}, "fp32")
     assert same["onnxruntime"].batch_sizes == (8,)
+
+
+def test_an_output_without_a_row_per_sample_is_refused(verifier: Verifier, tmp_path: Path) -> None:
+    """A second output that is one row for the whole batch belongs to no sample, whatever the graph declares."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in "xy")
+    z = helper.make_tensor_value_info("z", TensorProto.FLOAT, [None, 2])
+    axis = numpy_helper.from_array(np.array([0], np.int64), "axis")
+    nodes = [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("ReduceMean", ["x", "axis"], ["z"])]
+    made = helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y, z], [axis]), opset_imports=[helper.make_opsetid("", 18)], ir_version=9
+    )
+    onnx.save(made, tmp_path / "z.onnx")
+    with pytest.raises(RepositoryError, match=r"output 'z' has shape \(1, 2\) for a batch of 8 samples"):
+        verifier.verify("fp32", {"model.onnx": tmp_path / "z.onnx"}, "fp32")
+
+
+def test_answers_of_another_shape_are_not_compared(verifier: Verifier, tmp_path: Path) -> None:
+    """A variant with one number where the reference has two has nothing proven, instead of being broadcast."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "n"]) for name in "xy")
+    axis = numpy_helper.from_array(np.array([1], np.int64), "axis")
+    graph = helper.make_graph([helper.make_node("ReduceMean", ["x", "axis"], ["y"])], "g", [x], [y], [axis])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(made, tmp_path / "narrow.onnx")
+    proofs, gate = verifier.verify("v", {"model.onnx": tmp_path / "narrow.onnx"}, "fp32")
+    assert (proofs, gate.verdict) == ({}, Verdict.UNVERIFIED)
+    assert "its answers have shape (100, 1), the reference's (100, 2)" in gate.reason
 
 
 def test_a_failed_runtime_is_named_although_another_works(verifier: Verifier, tmp_path: Path) -> None:

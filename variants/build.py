@@ -8,6 +8,8 @@ repository or configuration, 130 interrupted.
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +27,7 @@ from variants.recipes.recipe import Ingredients, Product, RecipeRejected
 from variants.repository import ManifestEntry, ModelFolder, VersionFolder, file_sha256, open_path
 from variants.runtimes import available_runtimes
 from variants.source import Source, open_source
-from variants.summary import measure_speeds, sentences, table
+from variants.summary import measure_speeds, sentences, sound_cards, table
 from variants.variant import REFERENCE, Card, Gate, Verdict
 from variants.verify import Verifier
 
@@ -97,16 +99,18 @@ def _build_model(model: ModelFolder, only: list[str] | None, *, force: bool, qui
         version.remove_variant(gone)
         reporter.line(f"{label} {gone}: removed, because it is no longer configured")
     chosen = [variant for variant in planned if only is None or variant.name in (*only, REFERENCE)]
-    due = [variant for variant in chosen if force or not is_current(version, variant)]
-    if not due:
+    if not force and all(is_current(version, variant) for variant in chosen):
+        _vouch_for_data(version)
         reporter.line(f"{label}: nothing changed, all {len(chosen)} variants are up to date")
         return 0
+    keeps_reference = not force and is_current(version, chosen[0])
     with tempfile.TemporaryDirectory(prefix="gearshift-build-") as folder:
-        factory = _open_factory(version, hardware, Path(folder), due, quick=quick, reporter=reporter)
-        crashed = [variant.name for variant in due if not factory.make(variant)]
-        factory.vouch_for_data()
+        factory = _open_factory(version, hardware, Path(folder), keeps_reference, quick=quick, reporter=reporter)
+        _vouch_for_data(version)  # first, so that an interrupt leaves a manifest that is whole
+        due = (variant for variant in chosen if force or not is_current(version, variant))
+        done = [factory.make(variant) for variant in due]  # asked one by one: a new reference leaves its children stale
         factory.summarise()
-    return 1 if crashed else 0
+    return 0 if all(done) else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +148,13 @@ class _Factory:
         return self.version.artefact(REFERENCE, "model.onnx")
 
     def _evaluation_sha256(self) -> str | None:
-        evaluation = self.version.model.config.evaluation
-        return None if evaluation is None else file_sha256(self.version.resolve(evaluation.data))
+        """A digest of all that a score depends on beside the artefact: evidence is comparable where it is the same."""
+        config = self.version.model.config
+        if config.evaluation is None:
+            return None
+        data = file_sha256(self.version.resolve(config.evaluation.data))
+        facts = [data, config.evaluation.target, config.metric, config.task]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _attempt(self, planned: Planned, advance: Advance) -> tuple[Card, Mapping[str, Path], bool]:
         """The card and files of a variant, and whether its recipe crashed; the reference must not fail."""
@@ -205,27 +214,30 @@ class _Factory:
         is_wide = product.facts.get("reduce_range") is False and not needs_reduced_range(self.hardware)
         return {"precision": product.precision} | ({"exact_int8_sums": True} if is_wide else {})
 
-    def vouch_for_data(self) -> None:
-        """Put the evaluation data, which a server may load to verify again, and the tools into the manifest."""
-        manifest, config = self.version.manifest(), self.version.model.config
-        files = {file: sha for file, sha in manifest.files.items() if file.startswith("variants/")}
-        if config.evaluation is not None and (sha256 := self._evaluation_sha256()) is not None:
-            files[config.evaluation.data] = sha256
-        self.version.write_manifest(manifest.model_copy(update={"files": files, "tools": tool_versions()}))
-
     def summarise(self) -> None:
         """The table of all variants, with their speed beside fp32's, and what a person should know."""
-        cards = self.version.cards()
+        cards, absent = sound_cards(self.version)
         with self.reporter.step(f"{self.version.model.name} speed") as advance:
             advance("measuring", 0.0)
-            speeds = measure_speeds(self.version, self.source, self.data.any, self.verifier)
+            speeds = measure_speeds(self.version, cards, self.source, self.data.any, self.verifier)
         self.reporter.table(table(cards, speeds, f"{self.version.model.name} version {self.version.number}"))
-        for sentence in sentences(cards, speeds):
+        for sentence in (*sentences(cards, speeds), *absent):
             self.reporter.line(sentence)
 
 
+def _vouch_for_data(version: VersionFolder) -> None:
+    """Put the evaluation data, which a server may load to verify again, and the tools into the manifest."""
+    manifest, evaluation = version.manifest(), version.model.config.evaluation
+    files = {file: sha for file, sha in manifest.files.items() if file.startswith("variants/")}
+    if evaluation is not None:
+        files[evaluation.data] = file_sha256(version.resolve(evaluation.data))
+    vouched = manifest.model_copy(update={"files": files, "tools": tool_versions()})
+    if vouched != manifest:
+        version.write_manifest(vouched)
+
+
 def _open_factory(
-    version: VersionFolder, hardware: Hardware, work: Path, due: list[Planned], *, quick: bool, reporter: Reporter
+    version: VersionFolder, hardware: Hardware, work: Path, keeps_reference: bool, *, quick: bool, reporter: Reporter
 ) -> _Factory:
     """Read data and source, and check them against each other. Raises RepositoryError."""
     with reporter.step(version.model.name) as advance:
@@ -235,7 +247,7 @@ def _open_factory(
         example = {name: array[:_EXAMPLES] for name, array in first.items() if name not in targets}
         source = open_source(version, example or None, work)
         data = match_sets(version, files, source.sample_specs)
-    if REFERENCE not in {variant.name for variant in due}:  # children must descend from the artefact that is served
+    if keeps_reference:  # children must descend from the artefact that is served
         source = replace(source, graph=version.artefact(REFERENCE, "model.onnx"))
     if quick and data.evaluation is not None:
         data = replace(data, evaluation=spread(data.evaluation, QUICK_EVALUATION_SAMPLES))

@@ -7,7 +7,6 @@ samples. Every mistake is a `RepositoryError` that names the file and the array.
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,9 @@ from variants.repository import RepositoryError, VersionFolder
 from variants.variant import TensorSpec
 
 Array = npt.NDArray[Any]
+
+_BF16 = DATATYPES["BF16"].numpy
+_UNTYPED_BF16 = np.dtype("V2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,11 @@ def read_arrays(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as raw:
             file = np.load(raw, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise RepositoryError(f"{path}: must be an .npz with named arrays, not a single array")
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            arrays = {name: file[name] for name in file.files} if isinstance(file, np.lib.npyio.NpzFile) else None
+    except Exception as error:  # a damaged file fails in many ways, zlib's own among them, all with the same meaning
         raise RepositoryError(f"{path}: not a readable .npz of plain arrays (no pickles): {error}") from error
+    if arrays is None:
+        raise RepositoryError(f"{path}: must be an .npz with named arrays, not a single array")
     lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if not lengths or 0 in lengths.values():
         raise RepositoryError(f"{path}: every array needs a leading axis of at least one sample, got {lengths}")
@@ -84,7 +86,10 @@ def match_inputs(
 
 
 def _as_input(path: Path, spec: TensorSpec, array: Array) -> Array:
-    """One input array in the model's type; floats are narrowed and integers too where no value changes."""
+    """One input array in the model's type; floats are narrowed and integers too where no value changes.
+
+    Text is `str` or UTF-8. An .npz knows no bfloat16 and keeps its two bytes without a type.
+    """
     shape = array.shape[1:]
     fits = len(shape) == len(spec.shape) and all(s in (-1, d) for s, d in zip(spec.shape, shape, strict=True))
     if not fits:
@@ -92,12 +97,26 @@ def _as_input(path: Path, spec: TensorSpec, array: Array) -> Array:
             f"{path}: array {spec.name!r} has samples of shape {list(shape)}, the model takes {list(spec.shape)}"
         )
     if spec.datatype == "BYTES" and array.dtype.kind in "US":
-        return array.astype(np.str_).astype(np.object_)
+        return _text(path, spec.name, array).astype(np.object_)
     wanted = DATATYPES[spec.datatype].numpy
-    converted = array.astype(wanted) if array.dtype.kind == wanted.kind else array
+    if wanted == _BF16 and array.dtype == _UNTYPED_BF16:
+        array = array.view(_BF16)
+    converted = array.astype(wanted) if _kind(array.dtype) == _kind(wanted) else array
     if converted.dtype != wanted or (wanted.kind in "iu" and not np.array_equal(converted, array)):
         raise RepositoryError(f"{path}: array {spec.name!r} is {array.dtype}, the model takes {wanted}")
     return converted
+
+
+def _text(path: Path, name: str, array: Array) -> npt.NDArray[np.str_]:
+    try:
+        return np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
+    except UnicodeDecodeError as error:
+        raise RepositoryError(f"{path}: array {name!r} must hold text in UTF-8: {error}") from error
+
+
+def _kind(dtype: np.dtype[Any]) -> str:
+    """Numpy's letter for a family of types; it takes bfloat16 for a stranger."""
+    return "f" if dtype == _BF16 else dtype.kind
 
 
 def refuse_overlap(evaluation: Samples, other: Samples, name: str) -> None:
@@ -117,7 +136,7 @@ def _digests(samples: Samples) -> list[bytes]:
     rows: list[Any] = [hashlib.sha256() for _ in range(len(samples))]
     for column in columns:
         for row, value in zip(rows, column, strict=True):
-            row.update(repr(value.tolist()).encode() if column.dtype == object else np.ascontiguousarray(value).data)
+            row.update(repr(value.tolist()).encode() if column.dtype == object else value.tobytes())
     return [row.digest() for row in rows]
 
 

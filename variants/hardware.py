@@ -1,8 +1,8 @@
 """What this host offers: cores we may really use, instruction sets, memory, GPUs.
 
-Rules: everything is read from files below a root, so that tests can lay out any host; nothing here imports a
-runtime. The cores are what the cgroup quota and the affinity mask leave us, never the node's: a runtime that
-starts a thread per node core inside a small quota is throttled for most of every period.
+Rules: everything is read from files below a root and from a given environment, so that tests can lay out any host;
+nothing here imports a runtime. The cores are what the cgroup quota and the affinity mask leave us, never the node's: a
+runtime that starts a thread per node core inside a small quota is throttled for most of every period.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ def needs_reduced_range(hardware: Hardware) -> bool:
     return "AVX2" in hardware.isa and not hardware.isa & {"AVX512_VNNI", "AVX_VNNI", "AMX_INT8"}
 
 
-def detect_hardware(root: Path = Path("/")) -> Hardware:
+def detect_hardware(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Hardware:
     """Read the host below `root`. Whatever cannot be read falls back to the modest answer: one core, no flags."""
     cpu, isa, processors = _cpu(root)
     allowed = _affinity(root) or processors or os.cpu_count() or 1
@@ -88,7 +89,7 @@ def detect_hardware(root: Path = Path("/")) -> Hardware:
         cpu=cpu,
         isa=isa,
         memory_bytes=min([limit for limit in _memory_limits(root) if limit < _UNLIMITED_BYTES], default=0),
-        cuda=_cuda(root),
+        cuda=_visible(_cuda(root), environment.get("CUDA_VISIBLE_DEVICES")),
     )
 
 
@@ -188,6 +189,20 @@ def _cuda(root: Path) -> tuple[CudaDevice, ...]:
     files = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
     names = (re.search(r"^Model:\s*(.+?)\s*$", _read(file), re.MULTILINE) for file in files)
     return tuple(CudaDevice(match[1]) for match in names if match)
+
+
+def _visible(devices: tuple[CudaDevice, ...], setting: str | None) -> tuple[CudaDevice, ...]:
+    """The devices that CUDA_VISIBLE_DEVICES leaves to this process, in its order, up to the first that does not exist.
+
+    A device named by its UUID is only counted, which tells what matters: whether there is one.
+    """
+    if setting is None:
+        return devices
+    entries = [entry.strip() for entry in setting.split(",")]
+    if entries[0].startswith(("GPU-", "MIG-")):
+        return devices[: len(entries)]
+    exist = takewhile(lambda entry: entry.isdecimal() and int(entry) < len(devices), entries)
+    return tuple(devices[int(entry)] for entry in exist)
 
 
 def _nvidia_smi() -> tuple[CudaDevice, ...]:

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -39,7 +40,17 @@ _TOOLS = (
     "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino",
     "safetensors", "torch", "torch-pruning",
 )  # fmt: skip
-_FACTORY = ("build.py", "cost.py", "data.py", "evaluate.py", "intervals.py", "source.py", "verify.py", "recipes")
+_FACTORY = (
+    "build.py",
+    "cost.py",
+    "data.py",
+    "evaluate.py",
+    "intervals.py",
+    "source.py",
+    "verify.py",
+    "recipes",
+    "runtimes",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,20 +142,21 @@ def _inputs(version: VersionFolder) -> dict[str, object]:
 
 
 def _code(version: VersionFolder) -> dict[str, dict[str, str]]:
-    """The content of the module that makes a torch source, and of the other Python files beside it."""
-    module = version.source.module
-    if module is None:
+    """The content of the module or package that makes a torch source, and of all Python files in the model's folder.
+
+    The module is looked for where `load_module` finds it. What it imports from elsewhere is not followed: a change
+    there needs `--force`.
+    """
+    if version.source.module is None:
         return {}
-    model, here, top = version.model.path, Path.cwd(), module.partition(":")[0].partition(".")[0]
-    code = {
-        "model": _hashes(model, model.rglob("*.py")),
-        "current folder": _hashes(here, [*here.glob(f"{top}.py"), *(here / top).rglob("*.py")]),
-    }
-    installed = None if any(code.values()) else importlib.util.find_spec(top)
-    if installed is not None and installed.origin is not None:
-        origin = Path(installed.origin)
-        is_package = origin.name == "__init__.py"
-        code["installed"] = _hashes(origin.parent, origin.parent.rglob("*.py") if is_package else [origin])
+    model, top = version.model.path, version.source.module.partition(":")[0].partition(".")[0]
+    importlib.invalidate_caches()
+    spec = PathFinder.find_spec(top, [str(model), str(Path.cwd()), *sys.path]) or importlib.util.find_spec(top)
+    code = {"model": _hashes(model, model.rglob("*.py"))}
+    for folder in (spec and spec.submodule_search_locations) or ():
+        code[f"package {len(code)}"] = _hashes(Path(folder), Path(folder).rglob("*.py"))
+    if spec and spec.origin and not spec.submodule_search_locations:
+        code["module"] = _hashes(Path(spec.origin).parent, [Path(spec.origin)])
     return code
 
 

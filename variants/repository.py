@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from variants.durable import copy_durably, swap_folder, write_durably
 from variants.model_config import (
     NAME_PATTERN,
     ModelConfig,
@@ -35,6 +35,9 @@ __all__ = [
 ]  # fmt: skip
 
 SCHEMA_VERSION = 1
+_STAGED, _ASIDE = ".new-", ".old-"
+"""What a variant's folder is called before it takes its place, and after it has left it to its successor."""
+
 _CARD = TypeAdapter(Card)
 
 
@@ -50,8 +53,8 @@ class ManifestEntry(BaseModel):
     """What the manifest knows of one variant: what it was made from.
 
     `fingerprint` covers everything that decides the result; empty means "build again". `parent_sha256` is the
-    parent's artefact (or, for the reference, the source), `evaluation_sha256` the data it was measured on: a variant
-    whose reference has another is stale.
+    parent's artefact (or, for the reference, the source), `evaluation_sha256` a digest of the data it was measured on
+    and of target, metric and task: a variant whose reference has another is stale.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -179,7 +182,9 @@ class VersionFolder:
     @property
     def is_built(self) -> bool:
         """Whether the reference was built; everything else about this version may still be missing."""
-        return REFERENCE in self.manifest().variants and (self.variant_dir(REFERENCE) / "card.json").is_file()
+        folder = self.variant_dir(REFERENCE)
+        has_card = any((place / "card.json").is_file() for place in (folder, _aside(folder)))
+        return has_card and REFERENCE in self.manifest().variants
 
     def resolve(self, relative: str) -> Path:
         """An existing file named in `model.yaml` or the manifest, relative to this version. Raises RepositoryError."""
@@ -207,14 +212,20 @@ class VersionFolder:
             raise RepositoryError(one_line(error, str(path))) from error
 
     def verify(self, relative: str) -> Path:
-        """The path of a file whose sha256 is the manifest's. Raises RepositoryError that names the file."""
+        """The path of a file whose sha256 is the manifest's. Raises RepositoryError that names the file.
+
+        A killed build may have left it where its variant stepped aside to: it is found there too, since a reader
+        cannot `recover`, least of all in a read-only repository.
+        """
         expected = self.manifest().files.get(relative)
         if expected is None:
             raise RepositoryError(f"{self.path}: {relative!r} is not in the manifest; run `gearshift build`")
+        aside = f"variants/{_ASIDE}{relative.removeprefix('variants/')}"
+        for place in (relative, aside):
+            if (self.path / place).is_file() and file_sha256(self.resolve(place)) == expected:
+                return self.resolve(place)
         path = self.resolve(relative)
-        if file_sha256(path) != expected:
-            raise RepositoryError(f"{path}: changed since it was built (its sha256 is not the manifest's)")
-        return path
+        raise RepositoryError(f"{path}: changed since it was built (its sha256 is not the manifest's)")
 
     def artefact(self, variant: str, file: str) -> Path:
         """A variant's artefact file, verified. Raises RepositoryError."""
@@ -256,14 +267,14 @@ class VersionFolder:
         target = self.variant_dir(card.variant)
         target.parent.mkdir(exist_ok=True)
         self.recover()
-        staged = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+        staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=target.parent))
         try:
             for name, origin in files.items():
-                _copy_durably(origin, staged / name)
+                copy_durably(origin, staged / name)
             write_durably(staged / "card.json", _to_json({"schema_version": SCHEMA_VERSION, **asdict(card)}))
             staged.chmod(0o755)
             hashes = {f"variants/{card.variant}/{file.name}": file_sha256(file) for file in staged.iterdir()}
-            _swap_folder(staged, target)
+            swap_folder(staged, target, _aside(target))
             self._record(card.variant, hashes, entry)
         finally:
             self.recover()
@@ -290,13 +301,13 @@ class VersionFolder:
     def recover(self) -> None:
         """Finish a write, interrupted or not: keep the folder that the manifest knows, sweep what is left over."""
         for leftover in sorted((self.path / "variants").glob(".*")):
-            name = leftover.name.removeprefix(".old-")
-            if leftover.name.startswith(".old-"):
+            name = leftover.name.removeprefix(_ASIDE)
+            if leftover.name.startswith(_ASIDE):
                 target = leftover.with_name(name)
                 if not target.exists() or (self._is_recorded(name, leftover) and not self._is_recorded(name, target)):
                     shutil.rmtree(target, ignore_errors=True)
                     leftover.rename(target)
-            if leftover.name.startswith((".new-", ".old-")):
+            if leftover.name.startswith((_STAGED, _ASIDE)):
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _is_recorded(self, variant: str, folder: Path) -> bool:
@@ -313,44 +324,9 @@ def _version_numbers(path: Path) -> list[int]:
     return sorted(int(d.name) for d in path.iterdir() if re.fullmatch(r"[1-9]\d{0,17}", d.name) and d.is_dir())
 
 
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{_ASIDE}{folder.name}")
+
+
 def _to_json(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file atomically: it holds the old content or the new one, after a power cut too."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _copy_durably(origin: Path, target: Path) -> None:
-    with origin.open("rb") as reader, target.open("wb") as writer:
-        shutil.copyfileobj(reader, writer)
-        writer.flush()
-        os.fsync(writer.fileno())
-
-
-def _swap_folder(staged: Path, target: Path) -> None:
-    """Rename `staged` to `target`; a predecessor steps aside, and stays there until `recover`."""
-    old = target.with_name(f".old-{target.name}")
-    _sync_folder(staged)
-    if target.exists():
-        target.rename(old)
-    staged.rename(target)
-    _sync_folder(target.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,10 +91,12 @@ def open_source(version: VersionFolder, example: Mapping[str, Array] | None, wor
     if config.module is None or config.weights is None:
         raise RepositoryError(f"{version.path}: `source` needs `module` and `weights`")
     module = load_module(config.module, version.resolve(config.weights), version.model.path)
-    graph = work / "reference.onnx"
-    batched = version.model.config.batching.max_batch_size > 0
-    export_graph(module, example, graph, batched=batched)
-    return Source(graph, _signature(graph), version.model.config.batching.max_batch_size, module)
+    graph, max_batch = work / "reference.onnx", version.model.config.batching.max_batch_size
+    export_graph(module, example, graph, batched=max_batch > 0)
+    signature = _signature(graph)
+    if max_batch and not signature.batch_axis:
+        raise _without_batch(config.module, signature)
+    return Source(graph, signature, max_batch, module)
 
 
 def _open_onnx(graph: Path, max_batch: int) -> Source:
@@ -108,14 +111,18 @@ def _open_onnx(graph: Path, max_batch: int) -> Source:
     except Exception as error:
         raise RepositoryError(f"{graph}: not a valid ONNX graph: {str(error).strip().splitlines()[0]}") from error
     if max_batch and not signature.batch_axis:
-        first = {spec.shape[0] if spec.shape else None for spec in signature.inputs}
-        if first != {1}:
-            raise RepositoryError(
-                f"{graph}: the first dimension is no variable batch; export it with one, or say "
-                "`batching: {max_batch_size: 0}` in model.yaml for a model without a batch dimension"
-            )
+        if any(spec.shape[:1] != (1,) for spec in (*signature.inputs, *signature.outputs)):
+            raise _without_batch(str(graph), signature)
         max_batch = 1
     return Source(graph, signature, max_batch)
+
+
+def _without_batch(what: str, signature: Signature) -> RepositoryError:
+    shapes = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in (*signature.inputs, *signature.outputs))
+    return RepositoryError(
+        f"{what}: the first dimension of every input and output must be one variable batch ({shapes}); export it so, "
+        "or say `batching: {max_batch_size: 0}` in model.yaml for a model without a batch dimension"
+    )
 
 
 def _signature(graph: Path) -> Signature:
@@ -148,18 +155,33 @@ def load_module(name: str, weights: Path, folder: Path) -> nn.Module:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Let a model's own modules be imported, and forget them afterwards: two models may both have a `network.py`."""
+    """Let a model's own modules be imported, and forget them afterwards: two models may both have a `network.py`.
+
+    Its own are those anywhere in its folder or directly in the current one, where an environment may lie deeper down.
+    """
     before, paths = set(sys.modules), list(sys.path)
-    sys.path[:0] = [str(folder.resolve()), str(Path.cwd())]
+    model, here = folder.resolve(), Path.cwd()
+    sys.path[:0] = [str(model), str(here)]
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path[:] = paths
-        for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and Path(file).resolve().is_relative_to(folder.resolve()):
+        fresh = set(sys.modules) - before
+        own = {
+            name
+            for name in fresh
+            if any(place.is_relative_to(model) or place.parent == here for place in _places(sys.modules[name]))
+        }
+        for name in fresh:
+            if name in own or name.partition(".")[0] in own:
                 del sys.modules[name]
+        sys.path[:] = paths
+
+
+def _places(module: ModuleType) -> list[Path]:
+    """Where a module was found: a package's folders, or its file; nothing for one that is built in."""
+    file = getattr(module, "__file__", None)
+    return [Path(place).resolve() for place in getattr(module, "__path__", [file] if file else [])]
 
 
 def input_names(module: nn.Module, arrays: Mapping[str, Array]) -> list[str]:
@@ -229,6 +251,7 @@ def export_graph(module: nn.Module, example: Mapping[str, Array], graph: Path, *
         if program is None:
             raise RepositoryError("torch.onnx.export returned nothing")
         _name_outputs(program.model.graph, names)
+        _forget_origin(program.model)
         program.save(graph, external_data=False)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -244,6 +267,18 @@ def _name_outputs(graph: Any, names: Sequence[str]) -> None:
                 value.name = f"{value.name}_inner"
     for value, name in zip(graph.outputs, names, strict=True):
         value.name = name
+
+
+def _forget_origin(model: Any) -> None:
+    """Drop the exporter's notes: they quote the user's code with its paths, and would differ in another folder."""
+    model.metadata_props.clear()
+    for graph in (model.graph, *model.functions.values()):
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
+            value.metadata_props.clear()
+        for node in graph.all_nodes():
+            for noted in (node, *node.outputs):
+                noted.metadata_props.clear()
 
 
 def _check_export(module: nn.Module, example: Mapping[str, Array], graph: Path, *, batched: bool) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from variants.data import Array, Samples
 from variants.measure import find_failures, measure_profiles, synthetic_inputs
-from variants.repository import VersionFolder
+from variants.repository import RepositoryError, VersionFolder
 from variants.runtimes.runtime import RuntimeUnavailable, Session
 from variants.source import Source
 from variants.variant import REFERENCE, Card, Interval
@@ -36,11 +36,29 @@ class Speed:
     speed_ups: Mapping[int, float]
 
 
+def sound_cards(version: VersionFolder) -> tuple[dict[str, Card], list[str]]:
+    """The cards of the variants that are whole and current, and a sentence on each of the others."""
+    cards, said = {}, []
+    for name in sorted(version.manifest().variants):
+        try:
+            card = version.card(name)
+            for file in card.artefacts if card else ():
+                version.artefact(name, file)
+        except RepositoryError as error:
+            said.append(f"{name} takes no traffic until it is built again, for it is damaged: {error}.")
+            continue
+        if card is None:
+            said.append(f"{name} takes no traffic until it is built again, for fp32 or how it is scored has changed.")
+        else:
+            cards[name] = card
+    return cards, said
+
+
 def measure_speeds(
-    version: VersionFolder, source: Source, samples: Samples | None, verifier: Verifier
+    version: VersionFolder, cards: Mapping[str, Card], source: Source, samples: Samples | None, verifier: Verifier
 ) -> dict[str, Speed]:
-    """The speed of every built variant that can run here, on one thread, measured in interleaved rounds with fp32."""
-    sessions = _sessions(version, verifier)
+    """The speed of every variant that can run here, on one thread, measured in interleaved rounds with fp32."""
+    sessions = _sessions(version, cards, verifier)
     reference = (REFERENCE, REFERENCE_RUNTIME)
     sizes, inputs = sorted({1, max(1, source.max_batch)}), _inputs(source, samples)
     failures = find_failures(sessions, inputs, sizes)
@@ -58,10 +76,10 @@ def measure_speeds(
     return speeds
 
 
-def _sessions(version: VersionFolder, verifier: Verifier) -> dict[tuple[str, str], Session]:
+def _sessions(version: VersionFolder, cards: Mapping[str, Card], verifier: Verifier) -> dict[tuple[str, str], Session]:
     """A session per variant and runtime that has evidence, or that can run it where nothing has any."""
     sessions = {}
-    for name, card in version.cards().items():
+    for name, card in cards.items():
         files = {file: version.artefact(name, file) for file in card.artefacts}
         precision = str(card.requirements.get("precision", ""))
         for runtime, artefact in verifier.candidates(files, precision):
@@ -78,7 +96,7 @@ def _inputs(source: Source, samples: Samples | None) -> Callable[[int], Mapping[
     def inputs(size: int) -> Mapping[str, Array]:
         if samples is None:
             return synthetic_inputs(source.signature.inputs, size, batch_axis=source.max_batch > 0)
-        one = {name: array[0] for name, array in samples.inputs.items()}
+        one = {name: array[0, ...] for name, array in samples.inputs.items()}
         return {name: np.repeat(a[None], size, axis=0) for name, a in one.items()} if source.max_batch else one
 
     return inputs

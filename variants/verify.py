@@ -96,13 +96,27 @@ class Verifier:
         if self.evaluation is None:
             raise RuntimeError("verify asks for evaluation samples first")
         inputs, metric, task = self.evaluation.inputs, self.config.metric, self.config.task
+        if is_reference:
+            self._refuse_uneven(session)
         invariance = batch_invariance(session, inputs, self._batch_size)
         size = self._batch_size if invariance <= INVARIANT else 1
         answers, sizes = run_samples(session, inputs, size)[0], [max(1, size)]
         if is_reference:
             self._reference = answers
             return against_itself(answers, self.evaluation.target, metric, task), invariance, sizes
+        if answers.shape != self.reference.shape:
+            raise ValueError(f"its answers have shape {answers.shape}, the reference's {self.reference.shape}")
         return compare(answers, self.reference, self.evaluation.target, metric, task), invariance, sizes
+
+    def _refuse_uneven(self, session: Session) -> None:
+        """Raise RepositoryError unless each output has one row per sample: else no answer belongs to a request."""
+        if self.evaluation is None or self.max_batch == 0:
+            return
+        rows = min(len(self.evaluation), self._batch_size)
+        some = self.evaluation.take(slice(rows))
+        for spec, answer in zip(session.outputs, session.run(some.inputs), strict=True):
+            if answer.shape[:1] != (rows,):
+                raise RepositoryError(f"output {spec.name!r} has shape {answer.shape} for a batch of {rows} samples")
 
     @property
     def reference(self) -> Array:
