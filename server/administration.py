@@ -26,7 +26,7 @@ class Actions:
 
     folders: Callable[[], Sequence[ModelFolder]]
     load: Callable[[ModelFolder], str | None]
-    unload: Callable[[ServedModel], None]
+    unload: Callable[[str], None]
     variant_changed: Callable[[ServedModel], None]
 
 
@@ -44,9 +44,9 @@ class Administration:
         """Load a model of the repository, again if it is loaded; replies to the call when that is done."""
         self._submit(call, lambda: self._load(name))
 
-    def unload(self, model: ServedModel, call: Call) -> None:
-        """Stop serving a model; replies when its admitted requests are answered."""
-        self._submit(call, lambda: self._actions.unload(model))
+    def unload(self, name: str, call: Call) -> None:
+        """Stop serving the model that has this name when its turn comes; replies when what it admitted is answered."""
+        self._submit(call, lambda: self._actions.unload(name))
 
     def variant_changed(self, model: ServedModel) -> None:
         """Make it known that a variant's state changed."""

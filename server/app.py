@@ -22,9 +22,10 @@ from prometheus_client import CollectorRegistry
 
 from server import logs
 from server.administration import Actions, Administration
+from server.device import why_not_cuda
 from server.endings import error_reply
 from server.engine import Engine
-from server.loading import Host, load_model
+from server.loading import Host, for_clients, load_model
 from server.metrics import Metrics, ModelLoad
 from server.models import Models, NotServed, ServedModel
 from server.scheduling.scheduler import Scheduler
@@ -127,7 +128,7 @@ class Server:
             model = load_model(ModelFolder(folder.path), self.host)
         except RepositoryError as error:
             log.error("model %s cannot load: %s", name, error)
-            reason = str(error).replace(f"{folder.path}/", "")  # clients see it, and our folders are not their concern
+            reason = for_clients(str(error), folder)
         except Exception as error:
             log.exception("model %s cannot load", name)
             reason = f"internal error: {type(error).__name__}"
@@ -141,9 +142,9 @@ class Server:
             self.models.drop(NotServed(name, "", "UNAVAILABLE", reason))
         return reason
 
-    def unload(self, model: ServedModel) -> None:
-        """Stop serving a model at an operator's word."""
-        self.remove(model, "unloaded")
+    def unload(self, name: str) -> None:
+        """Stop serving a model at an operator's word. Raises NotFound or Unavailable where none serves."""
+        self.remove(self.models.find(name), "unloaded")
 
     def show_states(self, model: ServedModel) -> None:
         """Let the metrics show the variants' states as they are now."""
@@ -191,12 +192,16 @@ class Server:
 
     def start(self) -> tuple[int, int]:
         """Listen; returns the gRPC and the HTTP port. Raises StartError when an address cannot be bound."""
+        host, http_port = self.settings.host, self.settings.http_port
         try:
             http_port = self.web.start()
+        except OSError as error:
+            raise StartError(f"cannot listen on {host}, --http-port {http_port}: {error.strerror}") from None
+        try:
             grpc_port = self.transport.start()
         except OSError as error:
             self.web.stop()
-            raise StartError(f"cannot listen: {error}") from None
+            raise StartError(f"cannot listen on {host}, --grpc-port {self.settings.grpc_port}: {error}") from None
         self.engine.start()
         self.services.accept(True)
         return grpc_port, http_port
@@ -265,8 +270,9 @@ def serve(settings: Settings) -> int:
     except (StartError, RepositoryError) as error:
         print(f"gearshift: {error}", file=sys.stderr)  # noqa: T201 - the promised one line
         return 2
-    host = settings.host
-    log.info("ready: gRPC on %s:%d, HTTP on http://%s:%d", host, grpc_port, host, http_port)
+    host = f"[{settings.host.strip('[]')}]" if ":" in settings.host else settings.host
+    scheme = "https" if settings.tls_cert else "http"
+    log.info("ready: gRPC on %s:%d, HTTP on %s://%s:%d", host, grpc_port, scheme, host, http_port)
     asked_to_stop.get()
     log.info("draining for at most %g s", settings.drain_seconds)
     drained = server.stop()
@@ -295,6 +301,9 @@ def share_cores(settings: Settings, hardware: Hardware) -> tuple[int, int]:
 
 
 def _host(settings: Settings, hardware: Hardware, executors: int, threads: int) -> Host:
+    is_gpu_host = hardware.cuda or "CUDA_VISIBLE_DEVICES" in os.environ
+    if settings.device == "auto" and is_gpu_host and (why_not := why_not_cuda(hardware)):
+        log.info("models run on the CPU: %s", why_not)
     return Host(
         hardware=hardware,
         device=_device(settings, hardware),
@@ -310,9 +319,9 @@ def _host(settings: Settings, hardware: Hardware, executors: int, threads: int) 
 
 def _device(settings: Settings, hardware: Hardware) -> str:
     if settings.device == "auto":
-        return "cuda" if hardware.cuda else "cpu"
-    if settings.device.startswith("cuda") and not hardware.cuda:
-        raise StartError(f"--device {settings.device}: there is no CUDA device here")
+        return "cpu" if why_not_cuda(hardware) else "cuda"
+    if settings.device.startswith("cuda") and (why_not := why_not_cuda(hardware)):
+        raise StartError(f"--device {settings.device}: {why_not}")
     return settings.device
 
 
@@ -337,6 +346,11 @@ def _tls(settings: Settings) -> Tls | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     client_ca = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
+    if client_ca is not None:
+        try:
+            ssl.create_default_context(cafile=settings.tls_client_ca)
+        except OSError as error:
+            raise StartError(f"--tls-client-ca holds no certificate authority: {error}") from None
     return Tls(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes(), client_ca)
 
 

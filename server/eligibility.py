@@ -7,7 +7,7 @@ batch size is *dominated*: no request would ever want it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from variants.variant import REFERENCE, Gate, LatencyProfile, State, Variant, Verdict
@@ -38,6 +38,19 @@ def by_speed(variants: Iterable[Variant]) -> list[Variant]:
     eligible = [v for v in variants if v.state is State.ELIGIBLE and v.profile is not None]
     reference = next((v for v in eligible if v.name == REFERENCE), None)
     return [_judged(variant, eligible, reference) if variant in eligible else variant for variant in variants]
+
+
+def without(variants: Iterable[Variant], disabled: Collection[str]) -> list[Variant]:
+    """The variants with some disabled by an operator; what only these put in the shade is of use again."""
+    remaining = []
+    for variant in variants:
+        state, reason = variant.state, variant.reason
+        if variant.name in disabled:
+            state, reason = State.DISABLED, f"disabled by an operator; was {variant.state}"
+        elif state in (State.DOMINATED, State.NO_BENEFIT):  # both were eligible by their verdict
+            state, reason = State.ELIGIBLE, f"of use while others are disabled; was {variant.state}"
+        remaining.append(replace(variant, state=state, reason=reason))
+    return by_speed(remaining)
 
 
 def _judged(variant: Variant, eligible: list[Variant], reference: Variant | None) -> Variant:

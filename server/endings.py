@@ -90,8 +90,7 @@ def batch_record(run: Run, compute_ns: int, *, failed: bool) -> BatchRan:
 
 def answer_record(inference: Inference, outcome: Outcome, now_ns: int) -> RequestEnded:
     """An inference was answered."""
-    model, part = inference.model, inference.least_accurate()
-    variant = model.queue.variants[part.place]
+    model, part, variant = inference.model, inference.least_accurate(), inference.variant()
     return RequestEnded(
         model=model.name,
         version=model.version,
@@ -112,14 +111,19 @@ def answer_record(inference: Inference, outcome: Outcome, now_ns: int) -> Reques
 
 
 def end_record(
-    call: Call, model: tuple[str, str], outcome: Outcome, now_ns: int, inference: Inference | None = None
+    call: Call,
+    model: tuple[str, str],
+    outcome: Outcome,
+    now_ns: int,
+    inference: Inference | None = None,
+    variant: str = "",
 ) -> RequestEnded:
     """A request ended without an answer; one that got as far as an inference is known better."""
     total_ns = now_ns - call.arrival_ns
     return RequestEnded(
         model=model[0],
         version=model[1],
-        variant="none",
+        variant=variant or "none",
         outcome=outcome,
         reason=str(outcome),
         samples=inference.request.samples if inference else 0,

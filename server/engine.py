@@ -269,6 +269,8 @@ class Engine:
     def _failed(self, run: Run, start_ns: int) -> None:
         error = incident(f"running {run.samples} samples of {run.model.name} on {run.variant}")
         end_ns = self._clock()
+        for request in run.requests:
+            request.payload.failed_on = run.variant  # type: ignore[attr-defined]
         with self._lock:
             ended = self._scheduler.failed(run, end_ns, error.incident)
             self._settled.notify_all()
@@ -285,7 +287,8 @@ class Engine:
             try:
                 message = _encoded(inference, outcome)
             except Exception:  # this one cannot be encoded; its batch-mates can
-                self._end(inference, Outcome.FAILED, incident(f"encoding an answer of {inference.model.name}"))
+                error, variant = incident(f"encoding an answer of {inference.model.name}"), inference.variant().name
+                self._end(inference, Outcome.FAILED, error, variant)
                 continue
             if self._close(inference):
                 self._tell(answer_record(inference, outcome, now_ns))
@@ -310,19 +313,22 @@ class Engine:
         with self._settled:
             for inference in inferences:
                 self._inferences.pop(inference.call, None)
+                inference.requests = []  # a cycle would keep its arrays until Python looks for cycles
             self._settled.notify_all()
 
     def _end_all(self, ended: Iterable[End]) -> None:
         for end in ended:
             part: Part = end.request.payload  # type: ignore[assignment]
-            self._end(part.inference, end.outcome, end.error)
+            self._end(part.inference, end.outcome, end.error, part.failed_on if end.outcome is Outcome.FAILED else "")
 
-    def _end(self, inference: Inference, outcome: Outcome, error: ServingError) -> None:
+    def _end(self, inference: Inference, outcome: Outcome, error: ServingError, variant: str = "") -> None:
         if not self._close(inference):
             return
         call, request, now_ns = inference.call, inference.request, self._clock()
         facts = {"reason": str(outcome), "slo_met": "false", "queue_us": str((now_ns - call.arrival_ns) // 1000)}
-        self._tell(end_record(call, inference.model.key[:2], outcome, now_ns, inference))
+        if variant:
+            facts["variant"] = variant
+        self._tell(end_record(call, inference.model.key[:2], outcome, now_ns, inference, variant))
         self._transport.reply([error_reply(call, error, request.id, facts)])
         self._forget([inference])
 

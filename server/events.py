@@ -66,7 +66,7 @@ Event = RequestEnded | BatchRan | Decided
 
 
 class Listener(Protocol):
-    """Receives every record, in order, from the engine's threads; it must be quick and never raise."""
+    """Receives every record from the engine's threads, from several at a time; it must be quick and never raise."""
 
     def __call__(self, event: Event) -> None:
         """Take note of one event."""

@@ -90,6 +90,7 @@ class Executors:
             if run is None:
                 continue
             self._survive(self._work.execute, run)
+            del run  # or an idle executor would hold the arrays of its last batch
             with self._lock:
                 self._idle += 1
                 keeper_leads = self._keeper_leads

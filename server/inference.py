@@ -17,6 +17,7 @@ from server.models import ServedModel
 from server.scheduling.slo import Outcome, Request
 from server.transport.transport import Call
 from server.wire.inference import InferRequest, ParameterValue, encode_response
+from variants.variant import Variant
 
 Array = np.ndarray[Any, Any]
 
@@ -38,6 +39,8 @@ class Part:
     queue_ns: int = 0
     compute_ns: int = 0
     floor_met: bool = True
+    failed_on: str = ""
+    """The variant that failed at it last, if one did."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +86,10 @@ class Inference:
         """The part that was answered by the lowest in the ranking: it speaks for the whole."""
         return max(self._parts(), key=lambda part: part.place)
 
+    def variant(self) -> Variant:
+        """The variant that speaks for the whole."""
+        return self.model.queue.variants[self.least_accurate().place]
+
     def answer(self, outcome: Outcome) -> bytes:
         """The serialised ModelInferResponse."""
         parts = self._parts()
@@ -102,8 +109,7 @@ class Inference:
         return [request.payload for request in self.requests]  # type: ignore[misc]
 
     def _parameters(self, parts: Sequence[Part], outcome: Outcome) -> dict[str, ParameterValue]:
-        worst = self.least_accurate()
-        variant = self.model.queue.variants[worst.place]
+        worst, variant = self.least_accurate(), self.variant()
         return {
             "variant": variant.name,
             "variant_accuracy": variant.proven_accuracy,

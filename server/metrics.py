@@ -297,8 +297,9 @@ class Metrics:
 
 
 def _exemplar(event: RequestEnded) -> dict[str, str] | None:
-    """What leads from a bucket to one request in it: the id that the client gave it, if it did."""
-    return {"request_id": event.request_id[:64]} if event.request_id else None
+    """What leads from a bucket to one request in it: the id that the client gave it, if that can be shown."""
+    shown = event.request_id[:64]
+    return {"request_id": shown} if shown and shown.isprintable() else None
 
 
 class _LoadCollector(Collector):

@@ -7,9 +7,10 @@ need no lock.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock
 
+from server.eligibility import without
 from server.errors import NotFound, Unavailable
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
@@ -17,7 +18,7 @@ from server.scheduling.slo import ModelKey
 from server.wire.inference import Signature
 from server.wire.tensors import quoted
 from variants.runtimes.runtime import Session
-from variants.variant import Card, Variant
+from variants.variant import Card, State, Variant
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,13 +45,8 @@ class ServedModel:
 
     def current_variants(self) -> tuple[Variant, ...]:
         """The variants in the states they have now; an operator may have disabled some since they were loaded."""
-        return tuple(self._current(variant) for variant in self.variants)
-
-    def _current(self, variant: Variant) -> Variant:
-        state = self.queue.states.get(variant.name, variant.state)
-        if state is variant.state:
-            return variant
-        return replace(variant, state=state, reason=f"{state} by an operator; was {variant.state}")
+        disabled = {name for name, state in self.queue.states.items() if state is State.DISABLED}
+        return tuple(without(self.variants, disabled)) if disabled else self.variants
 
 
 @dataclass(frozen=True, slots=True)

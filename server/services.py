@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
 from server.administration import Administration
-from server.errors import Infeasible, NotFound, NotOffered
+from server.eligibility import without
+from server.errors import Infeasible, NotFound, NotOffered, Unavailable
 from server.models import Models, ServedModel
 from server.scheduling.explain import explain
 from server.scheduling.scheduler import Scheduler
@@ -49,6 +50,7 @@ class ServerServices:
         self._administration = administration
         self._executors = executors
         self._accepting = False
+        self._not_accepting = "starting"
         self._watchers: dict[Call, tuple[str, bool | None]] = {}
         self._lock = threading.Lock()
         prefix = f"/{inference.SERVICE}/"
@@ -79,11 +81,12 @@ class ServerServices:
     @property
     def not_ready_reason(self) -> str:
         """Why `ready` is False."""
-        return "no model is loaded" if self._accepting else "starting or draining"
+        return "no model is loaded" if self._accepting else self._not_accepting
 
     def accept(self, accepting: bool) -> None:
         """Say whether the server takes inferences from now on, and tell whoever watches."""
         self._accepting = accepting
+        self._not_accepting = "draining"
         self.changed()
 
     def changed(self) -> None:
@@ -204,7 +207,7 @@ class ServerServices:
 
     def _unload(self, call: Call) -> None:
         name = metadata.read_unload(call.message)
-        self._administrator().unload(self._models.find(name), call)
+        self._administrator().unload(name, call)
 
     def _administrator(self) -> Administration:
         if self._administration is None:
@@ -240,8 +243,11 @@ class ServerServices:
             raise NotFound(f"model {model.name} has no variant {quoted(asked.variant)}")
         if loaded.profile is None:
             raise Infeasible(f"variant {loaded.name} cannot run on this host: {loaded.reason}")
-        state = loaded.state if asked.enabled else State.DISABLED
-        self._snapshot(lambda scheduler, _: scheduler.set_states(model.key, {**model.queue.states, loaded.name: state}))
+        disabled = {name for name, state in model.queue.states.items() if state is State.DISABLED} - {loaded.name}
+        now = without(model.variants, disabled if asked.enabled else disabled | {loaded.name})
+        states = {variant.name: variant.state for variant in now if variant.profile is not None}
+        if not self._snapshot(lambda scheduler, _: scheduler.set_states(model.key, states)):
+            raise Unavailable(f"model {model.name} was just replaced or unloaded")
         self._transport.wake()  # what waited for the variant must be looked at again
         self._administrator().variant_changed(model)
         current = next(variant for variant in model.current_variants() if variant.name == loaded.name)

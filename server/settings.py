@@ -154,8 +154,8 @@ def _check_together(settings: Settings) -> None:
         return
     if not settings.secured:
         raise SettingsError(
-            f"--host {settings.host} is reachable from other machines: give --tls-cert and --tls-key or --auth-tokens, "
-            "or accept the risk with --insecure-bind"
+            f"--host {settings.host} may be reachable from other machines: give --tls-cert and --tls-key or "
+            "--auth-tokens, or accept the risk with --insecure-bind"
         )
     if settings.admin and not (settings.auth_tokens or settings.tls_client_ca):
         raise SettingsError(

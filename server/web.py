@@ -1,8 +1,9 @@
 """The HTTP port: /metrics for Prometheus, / for people, /healthz and /readyz for whatever restarts and routes.
 
 Rules of this file: read only, GET and HEAD; a bounded number of connections, each ended after a fixed time, however
-slowly its client talks; no asset from elsewhere. Where tokens are in use, /metrics and / ask for one of scope `stats`
-as `Authorization: Bearer TOKEN`; the two probes never do, since kubelets cannot send one.
+slowly its client talks, and whoever has yet to say what it wants makes way for a newcomer; no asset from elsewhere.
+Where tokens are in use, /metrics and / ask for one of scope `stats` as `Authorization: Bearer TOKEN`; the two probes
+never do, since kubelets cannot send one.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
+
+_GOING_S = 1.0
+"""What a connection that was cut may take to be gone."""
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +150,8 @@ class _Server(ThreadingHTTPServer):
         self.site = site
         self._tls = tls
         self._free = threading.BoundedSemaphore(limits.connections)
+        self._unheard: dict[socket.socket, None] = {}  # connections without a request as yet, oldest first
+        self._lock = threading.Lock()
         self._seconds = limits.seconds
         super().__init__(address, _Handler)
 
@@ -162,11 +168,27 @@ class _Server(ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread, or drop the connection when there are too many."""
-        if self._free.acquire(blocking=False):
+        """Start the connection's thread; when there are too many, the oldest silent one goes, or else this one."""
+        if self._free.acquire(blocking=False) or (self._cut_oldest_unheard() and self._free.acquire(timeout=_GOING_S)):
+            with self._lock:
+                self._unheard[request] = None
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
+
+    def heard(self, connection: socket.socket) -> None:
+        """A connection has said what it wants, or has ended."""
+        with self._lock:
+            self._unheard.pop(connection, None)
+
+    def _cut_oldest_unheard(self) -> bool:
+        with self._lock:
+            oldest = next(iter(self._unheard), None)
+            if oldest is None:
+                return False
+            del self._unheard[oldest]
+        _cut(oldest)
+        return True
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one connection for at most the allowed time, then cut it."""
@@ -177,6 +199,7 @@ class _Server(ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             limit.cancel()
+            self.heard(request)
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the parent's signature
@@ -198,6 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> bytes:
+        self.server.heard(self.connection)
         headers = {key.lower(): value for key, value in self.headers.items()}
         try:
             page = self.server.site.page(urlsplit(self.path).path, headers, self.headers.get_all("authorization") or [])

@@ -127,6 +127,10 @@ def _nothing_chosen(request: Request) -> None:
     request.parameters["empty"].SetInParent()
 
 
+def _nothing_chosen_for_an_input(request: Request) -> None:
+    request.inputs[0].parameters["empty"].SetInParent()
+
+
 DATA = good().raw_input_contents[0]
 ABSENT = (
     "",
@@ -217,6 +221,7 @@ INVALID: dict[str, Request] = {
     "variant-as-number": _parameter("variant", "int64_param", 1),
     "variant-empty": _parameter("variant", "string_param", ""),
     "no-choice": _changed(_nothing_chosen),
+    "input-parameter-without-value": _changed(_nothing_chosen_for_an_input),
     "reserved": _parameter("triton_x", "bool_param", True),
     "shared-memory": _parameter("shared_memory_region", "string_param", "r"),
     "sequence": _parameter("sequence_id", "int64_param", 3),

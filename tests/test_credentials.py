@@ -17,6 +17,7 @@ from test_grpcio_tls import folder as certificates  # noqa: F401 - a fixture
 
 from protos import open_inference_pb2 as pb
 from protos import open_inference_pb2_grpc as pb_grpc
+from server.app import StartError
 from server.security import SCOPES
 from server.services import METHODS
 
@@ -71,6 +72,18 @@ def test_a_stream_without_credentials_ends(tmp_path: Path) -> None:
     with serving(tmp_path / "repository", auth_tokens=str(tmp_path / "tokens")) as running:
         calls = running.v2.ModelStreamInfer(iter([request_for("ladder", x=ROW)]), timeout=WAIT_S)
         assert failure(lambda: next(calls)).code() is Code.UNAUTHENTICATED
+
+
+def test_a_client_ca_that_is_none_is_named(tmp_path: Path, certificates: Path) -> None:  # noqa: F811 - the fixture
+    """A file without a certificate is refused at start by its flag, not as an address that cannot be bound."""
+    models.add_ladder(tmp_path / "repository")
+    (tmp_path / "not.pem").write_text("no certificate")
+    pair: dict[str, Any] = {"tls_cert": str(certificates / "server.pem"), "tls_key": str(certificates / "server.key")}
+    with (
+        pytest.raises(StartError, match="--tls-client-ca"),
+        serving(tmp_path / "repository", **pair, tls_client_ca=str(tmp_path / "not.pem")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("mutual", [False, True])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from server.eligibility import by_speed, by_verdict
+from server.eligibility import by_speed, by_verdict, without
 from variants.variant import Gate, Interval, LatencyProfile, State, Variant, Verdict
 
 
@@ -100,6 +100,14 @@ def test_not_dominated_by_what_is_less_accurate_slower_somewhere_or_solo() -> No
         variant("static", 0.01, 300, 500, batchable=False),
     ):
         assert states(REFERENCE, other, worse)["pruned"] is State.ELIGIBLE
+
+
+def test_what_only_a_disabled_variant_dominated_is_of_use_again() -> None:
+    """Taken out by an operator, a variant puts nobody in the shade; put back, it does again."""
+    family = by_speed([REFERENCE, variant("good", 0.01, 100, 180), variant("close", 0.011, 200, 300)])
+    assert [v.state for v in family] == [State.ELIGIBLE, State.ELIGIBLE, State.DOMINATED]
+    assert [v.state for v in without(family, {"good"})] == [State.ELIGIBLE, State.DISABLED, State.ELIGIBLE]
+    assert [v.state for v in without(family, ())] == [v.state for v in family]
 
 
 def test_equals_do_not_dominate_each_other() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -116,6 +118,29 @@ def test_a_listener_that_fails_costs_no_reply() -> None:
         assert world.recorder.outcomes() == ["ok"]
 
 
+@pytest.mark.parametrize("rows", [1, 20], ids=["whole", "in parts"])
+def test_an_answered_request_is_freed_at_once(rows: int) -> None:
+    """Its arrays do not wait for Python to look for cycles, which it does by the number of objects, not their size."""
+    outputs: list[weakref.ref[Array]] = []
+
+    class Remembering(FakeSession):
+        def run(self, inputs: Mapping[str, Array]) -> list[Array]:
+            answer = super().run(inputs)
+            outputs.extend(weakref.ref(array) for array in answer)
+            return answer
+
+    gc.disable()
+    try:
+        with World({"fp32": Remembering()}, [variant("fp32", 1.0, MS)]) as world:
+            call = infer_call([[1, 2]] * rows)
+            world.transport.send(call)
+            world.transport.reply_to(call)
+            wait_until(lambda: all(output() is None for output in outputs))
+            assert outputs
+    finally:
+        gc.enable()
+
+
 def test_a_drain_waits_until_the_last_reply_is_out() -> None:
     """An inference that has ended but not been replied to is not yet done with."""
     done: list[bool] = []
@@ -211,6 +236,21 @@ def test_a_failed_variant_is_replaced_by_another_once() -> None:
         assert (parameters["variant"], parameters["reason"]) == ("int8", "retry")
         failed = [event for event in world.recorder.events if isinstance(event, BatchRan) and event.failed]
         assert [event.variant for event in failed] == ["fp32"]
+
+
+def test_a_failure_is_counted_for_the_variant_that_failed() -> None:
+    """The client and the listeners are told which variant it was; who never got one counts under none."""
+
+    def broken(_: Array) -> None:
+        raise RuntimeError("broken")
+
+    with one_variant(broken) as world:
+        failed, refused = infer_call([[1, 1]]), infer_call([[1, 1]], slo_min_accuracy=2.0)
+        world.transport.send(failed, refused)
+        assert ("gearshift-variant", "fp32") in world.transport.reply_to(failed).trailing
+        world.transport.reply_to(refused)
+    ends = {event.outcome: event.variant for event in world.recorder.events if isinstance(event, RequestEnded)}
+    assert ends == {"failed": "fp32", "invalid": "none"}
 
 
 def test_a_model_that_loses_rows_answers_nobody_wrongly() -> None:

@@ -120,6 +120,15 @@ def test_unary_call_carries_everything_the_engine_needs(server: Echo, channel: g
     assert 5 * SECOND < call.deadline_ns - call.arrival_ns <= 10 * SECOND
 
 
+@pytest.mark.parametrize("timeout_s", [1.001, 2.001, 10.01, 101.0])
+def test_a_deadline_is_not_later_than_the_clients(server: Echo, channel: grpc.Channel, timeout_s: float) -> None:
+    """GRPC rounds longer timeouts up on their way; a client must not give up before we think its time has passed."""
+    channel.unary_unary("/test.Echo/Unary")(b"x", timeout=timeout_s)
+    (call,) = server.calls
+    assert call.deadline_ns is not None
+    assert call.deadline_ns - call.arrival_ns <= timeout_s * SECOND
+
+
 def test_no_deadline_is_none(server: Echo, channel: grpc.Channel) -> None:
     """A client that sets no deadline gives a call without one."""
     channel.unary_unary("/test.Echo/Unary")(b"x")

@@ -232,4 +232,4 @@ def test_a_port_in_use_is_one_line(repository: Path) -> None:
         found = READY.search(server.log)
         assert found
         for flag, port in (("--grpc-port", found[1]), ("--http-port", found[2])):
-            assert "cannot listen" in refused(repository, flag, port, "--log-format", "json")
+            assert f"{flag} {port}" in refused(repository, flag, port, "--log-format", "json")

@@ -180,6 +180,22 @@ def test_a_variant_that_a_reload_lost_leaves_the_metrics(ladder: Serving, tmp_pa
     assert ladder.outcomes() == {"ok": 1}
 
 
+def test_unloading_means_the_model_that_serves_when_its_turn_comes(ladder: Serving) -> None:
+    """An unload that waits behind a load takes away what that loaded, and nothing is left of either."""
+    old = ladder.model("ladder")
+    gate = Gate(old)
+    call = ladder.v2.ModelInfer.future(request_for("ladder", x=ROW))
+    assert gate.entered.wait(WAIT_S)
+    load = ladder.v2.RepositoryModelLoad.future(pb.RepositoryModelLoadRequest(model_name="ladder"))
+    wait_until(lambda: ladder.model("ladder") is not old)
+    unload = ladder.v2.RepositoryModelUnload.future(pb.RepositoryModelUnloadRequest(model_name="ladder"))
+    again = ladder.v2.RepositoryModelUnload.future(pb.RepositoryModelUnloadRequest(model_name="ladder"))
+    gate.opened.set()
+    assert [each.code() for each in (call, load, unload, again)] == [Code.OK] * 3 + [Code.UNAVAILABLE]
+    assert not ladder.server.models.served()
+    assert not ladder.server.scheduler.models
+
+
 def test_unloading_answers_what_was_admitted(ladder: Serving) -> None:
     """Unload waits for the requests that run and wait, and refuses newcomers at once."""
     gate = Gate(ladder.model("ladder"))

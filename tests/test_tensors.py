@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from protos import open_inference_pb2 as pb
 from server.errors import InvalidRequest
-from server.wire.tensors import MAX_STRINGS, decode_contents, decode_raw, element_count, encode_raw, quoted
+from server.wire.tensors import (
+    MAX_STRINGS,
+    MAX_TYPED_INTEGERS,
+    decode_contents,
+    decode_raw,
+    element_count,
+    encode_raw,
+    quoted,
+)
 from variants.datatypes import DATATYPES
 
 NUMBERS = [name for name in DATATYPES if name != "BYTES"]
@@ -159,6 +167,22 @@ def test_too_many_strings() -> None:
     count = MAX_STRINGS + 1
     with pytest.raises(InvalidRequest, match=f"{count} BYTES elements"):
         decode_raw("x", "BYTES", (count,), bytes(4 * count))
+
+
+def test_too_many_typed_integers() -> None:
+    """They would be unpacked one by one while nobody else is served; the client is told the way out."""
+    count = MAX_TYPED_INTEGERS + 1
+    contents = pb.InferTensorContents(int_contents=[0] * count)
+    with pytest.raises(InvalidRequest, match=f"{count} integers.*raw_input_contents"):
+        decode_contents("x", "INT8", (count,), contents)
+
+
+def test_unknown_fields_behind_typed_contents_change_nothing() -> None:
+    """What a newer client adds to the contents is not taken for numbers."""
+    known = pb.InferTensorContents(fp32_contents=[1.5, -2.0]).SerializeToString()
+    unknown = b"\x98\x06\x2a"  # field 99, a varint
+    contents = pb.InferTensorContents.FromString(known + unknown)
+    assert decode_contents("x", "FP32", (2,), contents).tolist() == [1.5, -2.0]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -145,20 +146,53 @@ def test_a_failing_page_is_a_500_that_tells_nothing(server: Server, caplog: pyte
     assert server.ask("/").status == 200
 
 
-def test_a_slow_client_is_cut_off_and_connections_are_bounded() -> None:
-    """A connection that never sends its request ends by itself; one too many is closed at once."""
+def test_a_slow_client_is_cut_off() -> None:
+    """A connection that never completes its request ends by itself."""
     site = Site(CollectorRegistry(), lambda: READY, Recent(lambda: 0), None)
     web = WebServer(("127.0.0.1", 0), site, limits=Limits(connections=1, seconds=0.5))
     port = web.start()
     try:
-        with (
-            socket.create_connection(("127.0.0.1", port), timeout=10) as slow,
-            socket.create_connection(("127.0.0.1", port), timeout=10) as extra,
-        ):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
             slow.sendall(b"GET / HTTP/1.1\r\nHost: ")
-            assert extra.recv(1) == b""
             assert slow.recv(1) == b""
     finally:
+        web.stop()
+
+
+def test_connections_that_say_nothing_make_way(server: Server) -> None:
+    """As many silent connections as there may be, and then some, do not keep a probe from its answer."""
+    silent = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(6)]
+    assert server.ask("/healthz").status == 200
+    assert silent[0].recv(1) == b""
+    for connection in silent:
+        connection.close()
+
+
+def test_connections_that_are_being_answered_are_bounded() -> None:
+    """One too many is closed at once while the others still wait for their page."""
+    asked, answer = threading.Semaphore(0), threading.Event()
+
+    def status() -> ServerStatus:
+        asked.release()
+        assert answer.wait(10)
+        return READY
+
+    site = Site(CollectorRegistry(), status, Recent(lambda: 0), None)
+    web = WebServer(("127.0.0.1", 0), site, limits=Limits(connections=2, seconds=10))
+    port = web.start()
+    try:
+        clients = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(2)]
+        for client in clients:
+            client.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
+            assert asked.acquire(timeout=10)
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as extra:
+            assert extra.recv(1) == b""
+        answer.set()
+        for client in clients:
+            assert client.recv(12) == b"HTTP/1.0 200"
+            client.close()
+    finally:
+        answer.set()
         web.stop()
 
 

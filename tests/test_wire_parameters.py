@@ -43,7 +43,6 @@ def test_every_slo_parameter_is_read() -> None:
     ("name", "value", "field", "expected"),
     [
         ("slo_latency_ms", {"int64_param": 20}, "latency_ns", 20_000_000),
-        ("slo_latency_ms", {"uint64_param": 20}, "latency_ns", 20_000_000),
         ("slo_latency_ms", {"double_param": 1e-12}, "latency_ns", 1),
         ("slo_latency_ms", {"double_param": 1e300}, "latency_ns", MAX_DURATION_NS),
         ("slo_min_accuracy", {"double_param": -0.0}, "min_accuracy", 0.0),
@@ -88,6 +87,7 @@ def test_timeout(microseconds: int, expected: int | None) -> None:
         ("variant", {"int64_param": 8}),
         ("priority", {"int64_param": -1}),
         ("priority", {"uint64_param": 2**64 - 1}),
+        ("slo_latency_ms", {"uint64_param": 20}),
         ("priority", {"double_param": 1.0}),
         ("triton_x", {"bool_param": True}),
         ("sequence_id", {"int64_param": 5}),

@@ -27,6 +27,8 @@ sends and never reads can make us hold."""
 _CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 _LONGEST_S = 365 * 86_400.0  # a deadline further off is as good as this, and waits must not overflow
 _DETAILS = "grpc-status-details-bin"
+_ROUNDED_UP = 0.01
+"""By how much gRPC's core rounds timeouts of a second and more up on their way: the client gives up before that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +251,8 @@ class GrpcioTransport:
     def _accept(self, rpc: _Rpc, method: str, message: bytes, context: Any, stream: object | None) -> None:
         arrival_ns = time.monotonic_ns()
         remaining = context.time_remaining()  # None: no deadline; 0 or less: it has passed
+        if remaining is not None and remaining >= 1:
+            remaining *= 1 - _ROUNDED_UP
         call = _AioCall(
             method=method,
             message=message,

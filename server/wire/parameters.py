@@ -56,10 +56,8 @@ def read_parameters(parameters: Mapping[str, pb.InferParameter]) -> RequestParam
     slo: dict[str, Any] = {}
     others: dict[str, Any] = {}
     for name, parameter in parameters.items():
-        kind = parameter.WhichOneof("parameter_choice")
+        kind = str(parameter.WhichOneof("parameter_choice"))
         known = _KNOWN.get(name)
-        if kind is None:
-            raise InvalidRequest(f"parameter {quoted(name)} has no value of a type this server knows")
         if known is None:
             if name.startswith("triton_"):
                 raise InvalidRequest(f"parameter {quoted(name)} is reserved by the protocol")
@@ -74,16 +72,18 @@ def read_parameters(parameters: Mapping[str, pb.InferParameter]) -> RequestParam
 
 
 def check_names(parameters: Mapping[str, pb.InferParameter]) -> None:
-    """Refuse what no honest client sends: floods of parameters, endless names, shared memory. Raises InvalidRequest."""
+    """Refuse what no honest client sends: floods, endless names, no value, shared memory. Raises InvalidRequest."""
     if len(parameters) > MAX_PARAMETERS:
         raise InvalidRequest(f"{len(parameters)} parameters; at most {MAX_PARAMETERS} are accepted")
-    for name in parameters:
+    for name, parameter in parameters.items():
         if len(name) > MAX_NAME:
             raise InvalidRequest(f"parameter {quoted(name)} has a name of {len(name)} characters; at most {MAX_NAME}")
         if name in RESERVED:
             raise InvalidRequest(
                 f"parameter {quoted(name)}: shared memory is not offered; send the data in the message"
             )
+        if parameter.WhichOneof("parameter_choice") is None:
+            raise InvalidRequest(f"parameter {quoted(name)} has no value of a type this server knows")
 
 
 def latency_ns(name: str, milliseconds: float) -> int:
@@ -144,7 +144,7 @@ def _no_sequence(name: str, value: object) -> None:
 
 
 _KNOWN = {
-    "slo_latency_ms": _Parameter("latency_ns", ("int64_param", "double_param", "uint64_param"), latency_ns),
+    "slo_latency_ms": _Parameter("latency_ns", ("int64_param", "double_param"), latency_ns),
     "timeout": _Parameter("timeout_ns", ("int64_param",), _timeout_ns),
     "slo_min_accuracy": _Parameter("min_accuracy", ("double_param",), fraction),
     "slo_max_accuracy_drop": _Parameter("max_accuracy_drop", ("double_param",), fraction),

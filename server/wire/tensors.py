@@ -19,8 +19,11 @@ from server.errors import InvalidRequest
 from variants.datatypes import DATATYPES
 
 MAX_RANK = 8
-MAX_STRINGS = 1_000_000
+MAX_STRINGS = 250_000
 """Most BYTES elements of one tensor: each costs a Python object, whatever its length."""
+MAX_TYPED_INTEGERS = 1_000_000
+"""Most integers of one tensor in typed contents: the protocol's packing of them is only undone one by one, while
+nobody else is served. Raw contents have no such limit, nor have typed floats."""
 
 _LENGTH = Struct("<I")
 _CONTENTS = {
@@ -102,9 +105,17 @@ def decode_contents(
     if datatype == "BYTES":
         return _strings(name, shape, elements, values)
     dtype = DATATYPES[datatype].numpy
-    if dtype.itemsize < 4 and dtype.kind in "iu" and elements:
-        _check_range(name, datatype, values, np.iinfo(dtype))
-    return np.fromiter(values, dtype, elements).reshape(shape)
+    if dtype.kind in "fb":
+        return _packed(contents, dtype, elements).reshape(shape)
+    if elements > MAX_TYPED_INTEGERS:
+        raise InvalidRequest(
+            f"tensor {quoted(name)} has {elements} integers in typed contents; at most {MAX_TYPED_INTEGERS} are "
+            "accepted: send raw_input_contents"
+        )
+    wide = np.fromiter(values, np.uint64 if dtype.kind == "u" else np.int64, elements)
+    if dtype.itemsize < 4 and elements:
+        _check_range(name, datatype, wide, np.iinfo(dtype))
+    return wide.astype(dtype, copy=False).reshape(shape)
 
 
 def encode_raw(datatype: str, array: np.ndarray[Any, Any]) -> bytes | memoryview:
@@ -125,8 +136,17 @@ def _check_bools(name: str, raw: bytes) -> None:
     raise InvalidRequest(f"tensor {quoted(name)}: a BOOL is a byte of 0 or 1, got {wrong}")
 
 
-def _check_range(name: str, datatype: str, values: Sequence[int], bounds: np.iinfo[Any]) -> None:
-    for value in (min(values), max(values)):
+def _packed(contents: pb.InferTensorContents, dtype: np.dtype[Any], elements: int) -> np.ndarray[Any, Any]:
+    """The one list of fixed-width values that the contents hold, from the end of their serialised form."""
+    if not elements:
+        return np.empty(0, dtype)
+    contents.DiscardUnknownFields()  # they would follow it
+    serialised: bytes = contents.SerializeToString()
+    return np.frombuffer(serialised, dtype, elements, len(serialised) - elements * dtype.itemsize)
+
+
+def _check_range(name: str, datatype: str, values: np.ndarray[Any, Any], bounds: np.iinfo[Any]) -> None:
+    for value in (int(values.min()), int(values.max())):
         if not bounds.min <= value <= bounds.max:
             raise InvalidRequest(f"tensor {quoted(name)}: {value} is not {datatype}")
 
