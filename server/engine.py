@@ -283,17 +283,18 @@ class Engine:
         replies, closed = [], []
         now_ns = self._clock()
         for inference in answered:
+            if not self._close(inference):
+                continue
             outcome = inference.outcome(now_ns)
             try:
                 message = _encoded(inference, outcome)
             except Exception:  # this one cannot be encoded; its batch-mates can
-                error, variant = incident(f"encoding an answer of {inference.model.name}"), inference.variant().name
-                self._end(inference, Outcome.FAILED, error, variant)
+                error = incident(f"encoding an answer of {inference.model.name}")
+                self._refuse_queued(inference, Outcome.FAILED, error, inference.variant().name)
                 continue
-            if self._close(inference):
-                self._tell(answer_record(inference, outcome, now_ns))
-                replies.append(Reply(inference.call, message))
-                closed.append(inference)
+            self._tell(answer_record(inference, outcome, now_ns))
+            replies.append(Reply(inference.call, message))
+            closed.append(inference)
         if replies:
             self._transport.reply(replies)
             self._forget(closed)
@@ -322,8 +323,11 @@ class Engine:
             self._end(part.inference, end.outcome, end.error, part.failed_on if end.outcome is Outcome.FAILED else "")
 
     def _end(self, inference: Inference, outcome: Outcome, error: ServingError, variant: str = "") -> None:
-        if not self._close(inference):
-            return
+        """End an inference with an error, unless it has ended."""
+        if self._close(inference):
+            self._refuse_queued(inference, outcome, error, variant)
+
+    def _refuse_queued(self, inference: Inference, outcome: Outcome, error: ServingError, variant: str) -> None:
         call, request, now_ns = inference.call, inference.request, self._clock()
         facts = {"reason": str(outcome), "slo_met": "false", "queue_us": str((now_ns - call.arrival_ns) // 1000)}
         if variant:

@@ -386,6 +386,27 @@ def test_an_answer_that_cannot_be_encoded_harms_no_other() -> None:
     assert world.recorder.outcomes() == ["failed", "ok"]
 
 
+def test_a_client_that_goes_while_its_batch_is_answered_harms_no_mate() -> None:
+    """Between the run and its own answer one client goes: it is let go of, and the third of the batch is answered."""
+    gate = Gate()
+
+    def listen(event: Event) -> None:
+        in_batch = isinstance(event, RequestEnded) and event.outcome == "ok" and world.recorder.outcomes() == ["ok"]
+        if in_batch:  # the first of the three, about to be replied to
+            world.transport.cancel(goes)
+            wait_until(lambda: "cancelled" in world.recorder.outcomes())
+
+    with one_variant(gate, listeners=[listen]) as world:
+        world.transport.send(infer_call([[0, 0]]))
+        gate.wait_entered()
+        first, goes, last = (infer_call([[n, n]]) for n in range(3))
+        world.transport.send(first, goes, last)
+        gate.opened.set()
+        for call in (first, last):
+            assert world.transport.reply_to(call).status is None
+    assert world.recorder.outcomes() == ["cancelled", "ok", "ok", "ok"]
+
+
 def test_a_request_that_would_fill_hundreds_of_batches_is_refused() -> None:
     """It is told the limit before anything of it is queued."""
     with one_variant() as world:
