@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 from sklearn.metrics import f1_score, r2_score
 
+from variants import evaluate
 from variants.data import Samples, match_inputs, read_arrays, refuse_overlap, spread
 from variants.evaluate import (
+    Comparison,
     against_itself,
     batch_invariance,
     compare,
@@ -24,8 +28,9 @@ from variants.evaluate import (
     r2,
     run_samples,
 )
-from variants.intervals import PairedDrop, Proportion, Z, bootstrap, samples_needed
+from variants.intervals import RESAMPLES, PairedDrop, Proportion, Undetected, Z, bootstrap, samples_needed
 from variants.model_config import GateConfig, RepositoryError
+from variants.runtimes.onnxruntime_runtime import OnnxRuntime
 from variants.variant import Gate, Interval, TensorSpec, Verdict
 
 GATE = GateConfig(max_accuracy_drop=0.01, min_agreement=0.98)
@@ -74,7 +79,7 @@ def test_tango_is_symmetric() -> None:
 def test_the_bootstrap_is_repeatable_and_about_right() -> None:
     """Two runs agree exactly, and the mean's interval is that of the normal approximation within a few per cent."""
     values = np.random.default_rng(1).normal(size=400)
-    first, second = (bootstrap(lambda rows: float(values[rows].mean()), 400).interval() for _ in range(2))
+    first, second = (bootstrap(lambda counts: counts @ values / 400, 400).interval() for _ in range(2))
     assert first == second
     assert first.high - first.value == pytest.approx(Z * values.std() / 20, rel=0.1)
 
@@ -133,7 +138,7 @@ def test_macro_f1_of_equal_predictions_still_has_width() -> None:
     answers = one_hot([0, 1, 2, 1, 0] * 4)
     drop = compare(answers, answers, np.array([0, 1, 2, 1, 0] * 4), "macro_f1", "classification").drop.interval()
     assert drop.value == 0
-    assert drop.high == pytest.approx(Z * Z / (20 + Z * Z))
+    assert drop.high == pytest.approx(Z * Z / (4 + Z * Z) / 3)  # the rarest of three classes has four samples
 
 
 def test_cosine_of_embeddings() -> None:
@@ -333,3 +338,133 @@ def test_few_samples_prove_little_by_any_metric(metric: Any, task: Any) -> None:
     answers = np.array([[1.0, 2.0], [3.0, 5.0]], np.float32)
     drop = compare(answers, answers, None, metric, task).drop.interval()
     assert drop.high == pytest.approx(Z * Z / (2 + Z * Z))
+
+
+RARE = np.repeat([0, 1], [990, 10])
+
+
+def with_lost(lost: int) -> Comparison:
+    """Two classes, 990 and 10 samples; the variant misses `lost` of the rare one, the reference nothing."""
+    guess = RARE.copy()
+    guess[990 : 990 + lost] = 0
+    return compare(one_hot(guess.tolist(), 2), one_hot(RARE.tolist(), 2), RARE, "macro_f1", "classification")
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.3])
+def test_a_rare_class_widens_macro_f1(rate: float) -> None:
+    """Whatever share of a class with 10 of 1000 samples is lost, the interval holds the truth 19 times in 20."""
+    true = 1 - (2 * 0.99 / (2 * 0.99 + 0.01 * rate) + 2 * (1 - rate) / (2 - rate)) / 2
+    covered = 0.0
+    for lost in range(9):  # more has no probability worth counting
+        drop = with_lost(lost).drop.interval()
+        probability = math.comb(10, lost) * rate**lost * (1 - rate) ** (10 - lost)
+        covered += probability * (drop.low <= true <= drop.high)
+    assert covered > 0.95
+
+
+def test_ten_samples_of_a_class_prove_no_gate_and_reject_nobody() -> None:
+    """Neither no error nor one among the ten settles a gate of 1 %: more samples would, and the reason says so."""
+    none, one = (explain(with_lost(lost), GATE) for lost in (0, 1))
+    assert (none.verdict, one.verdict) == (Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE)
+    assert "would suffice" in none.reason
+    assert "are needed to judge" in one.reason
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3, 5, 10, 20])
+def test_balanced_macro_f1_is_bounded_like_top1(lost: int) -> None:
+    """With balanced classes both count errors, and both bound the drop of the same answers alike."""
+    truth = np.repeat([0, 1], 500)
+    guess = truth.copy()
+    guess[500 - lost // 2 : 500 - lost // 2 + lost] ^= 1
+    by_class, by_sample = (
+        compare(one_hot(guess.tolist(), 2), one_hot(truth.tolist(), 2), truth, metric, "classification").drop.interval()
+        for metric in ("macro_f1", "top1")
+    )
+    assert by_class.high == pytest.approx(by_sample.high, rel=0.15)
+
+
+def test_what_no_error_hides_is_the_worst_group_of_classes() -> None:
+    """By hand: balanced classes as Tango's interval for all samples, one rare class by its share, many by theirs."""
+
+    def rate(n: float) -> float:
+        return Z * Z / (n + Z * Z)
+
+    assert Undetected((100,) * 10).interval().high == pytest.approx(PairedDrop(0, 0, 1000).interval().high)
+    assert Undetected((990, 10)).interval().high == pytest.approx(rate(10) / 2)
+    assert Undetected((995, 2, 2, 1)).interval().high == pytest.approx(rate(5) * 3 / 4)
+    assert Undetected((990, 10)).interval(100).high == pytest.approx(rate(1000) / 2)
+    assert Undetected((50,)).worth == pytest.approx(50)
+
+
+def test_a_class_number_beside_the_right_one_is_wrong() -> None:
+    """Whole numbers have no distance: 500 answers that are off by one of 1000 agree nowhere."""
+    reference = np.random.default_rng(0).integers(1, 1000, 500)
+    assert compare(reference - 1, reference, None, "agreement", "generic").agreement == Proportion(0, 500)
+    assert compare(reference, reference, None, "agreement", "generic").agreement == Proportion(500, 500)
+
+
+def test_texts_agree_when_the_whole_row_does() -> None:
+    """One other word in a row is another answer; a metric that needs numbers says so."""
+    reference = np.array([["a", "b"], ["c", "d"]], object)
+    answers = np.array([["a", "b"], ["c", "x"]], object)
+    assert compare(answers, reference, None, "agreement", "generic").agreement == Proportion(1, 2)
+    with pytest.raises(RepositoryError, match="texts have no distance"):
+        compare(answers, reference, None, "r2", "generic")
+
+
+class Flattener:
+    """A session whose output has another number of rows than its input."""
+
+    inputs: tuple[TensorSpec, ...] = (TensorSpec("x", "FP32", (-1, 2)),)
+    outputs: tuple[TensorSpec, ...] = inputs
+    batch_axis = True
+
+    def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        return [inputs["x"].reshape(-1)]
+
+
+def test_output_rows_are_no_samples() -> None:
+    """Seven samples that answer in fourteen rows would count as fourteen: refused with the shape."""
+    with pytest.raises(RepositoryError, match=r"one row per sample; 4 gave \[8\]"):
+        run_samples(Flattener(), {"x": np.ones((7, 2), np.float32)}, 4)
+
+
+def test_a_sample_may_be_a_single_number(tmp_path: Path) -> None:
+    """Without a batch, an input without dimensions reaches the runtime as an array."""
+    x, s = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [4]), ("s", [])))
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    graph = helper.make_graph([helper.make_node("Mul", ["x", "s"], ["y"])], "g", [x, s], [y])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(made, tmp_path / "g.onnx")
+    session = OnnxRuntime().load(tmp_path / "g.onnx", precision="fp32", threads=1, device="cpu")
+    inputs = {"x": np.ones((3, 4), np.float32), "s": np.array([1, 2, 3], np.float32)}
+    assert run_samples(session, inputs, 0)[0][:, 0].tolist() == [1, 2, 3]
+
+
+def test_resamples_are_weighed_together() -> None:
+    """A statistic sees all resamples of 1000 samples at once, and every resample draws as many as there are."""
+    seen = []
+
+    def statistic(counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        seen.append(counts.shape)
+        assert (counts.sum(axis=1) == 1000).all()
+        return np.asarray(counts[:, 0])
+
+    bootstrap(statistic, 1000)
+    assert seen == [(RESAMPLES, 1000), (1, 1000)]
+
+
+@pytest.mark.parametrize("name", ["_r2_of", "_macro_f1_of"])
+def test_a_weighed_resample_scores_like_its_copy(name: str) -> None:
+    """Counting a sample twice gives what a copy of it would, an answer that is not finite included."""
+    generator = np.random.default_rng(0)
+    counts = np.bincount(generator.integers(0, 40, 40), minlength=40)
+    truth: Any = generator.integers(0, 5, 40)
+    guess: Any = generator.integers(-1, 5, 40)
+    plain: Any = macro_f1
+    if name == "_r2_of":
+        plain, truth = r2, generator.normal(size=(40, 3)) + 5
+        guess = truth + generator.normal(size=(40, 3)) / 3
+        guess[counts.argmin()] = np.nan  # never drawn
+    copied = plain(np.repeat(truth, counts, axis=0), np.repeat(guess, counts, axis=0))
+    assert getattr(evaluate, name)(truth, guess)(counts[None].astype(float))[0] == pytest.approx(copied)

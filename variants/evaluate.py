@@ -19,8 +19,11 @@ from variants.intervals import (
     Bootstrapped,
     Estimate,
     Exact,
+    Floats,
     PairedDrop,
     Proportion,
+    Statistic,
+    Undetected,
     Z,
     bootstrap,
     samples_needed,
@@ -41,7 +44,8 @@ INVARIANT = 1e-3
 INVARIANCE_SAMPLES = 32
 """How many samples are run alone and together to measure batch invariance."""
 
-Indices = npt.NDArray[np.intp]
+_TEXT = "OUS"
+_NOT_FLOATS = _TEXT + "biu"  # numpy's kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +57,27 @@ class Comparison:
     drop: Estimate
     samples: int
 
+    @property
+    def worth(self) -> float:
+        """How many samples prove as much for a metric that no rare class weakens; at most `samples`."""
+        floor = self.drop.floor if isinstance(self.drop, Bootstrapped) else None
+        return min(self.samples, floor.worth if floor else self.samples)
+
 
 def run_samples(session: Session, inputs: Mapping[str, Array], batch_size: int) -> list[Array]:
-    """Every output for all samples, [samples, ...]; a `batch_size` of 0 means the model has no batch dimension."""
+    """Every output for all samples, [samples, ...]; a `batch_size` of 0 means the model has no batch dimension.
+
+    Raises RepositoryError when the first output, the one judged, has not one row per sample.
+    """
     count = len(next(iter(inputs.values())))
     if batch_size == 0:
-        single = [session.run({name: array[row] for name, array in inputs.items()}) for row in range(count)]
+        single = [session.run({name: array[row, ...] for name, array in inputs.items()}) for row in range(count)]
         return [np.stack(column) for column in zip(*single, strict=True)]
     starts = range(0, count, batch_size)
     parts = [session.run({name: array[at : at + batch_size] for name, array in inputs.items()}) for at in starts]
+    for at, (judged, *_) in zip(starts, parts, strict=True):
+        if judged.shape[:1] != (rows := min(batch_size, count - at),):
+            raise RepositoryError(f"the first output must have one row per sample; {rows} gave {list(judged.shape)}")
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
@@ -75,7 +91,7 @@ def batch_invariance(session: Session, inputs: Mapping[str, Array], batch_size: 
 
 
 def _largest_difference(a: Array, b: Array) -> float:
-    if a.dtype.kind in "OUSb":
+    if a.dtype.kind in _TEXT + "b":
         return float(np.any(a != b))
     left, right = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(invalid="ignore"):  # inf - inf
@@ -106,9 +122,14 @@ def against_itself(answers: Array, target: Array | None, metric: Metric, task: T
 
 
 def _agrees(answers: Array, reference: Array, task: Task) -> npt.NDArray[np.bool_]:
-    """Which samples get the same answer: the same class, nearly the same direction, or nearly the same values."""
+    """Which samples get the same answer: the same class, nearly the same direction, or nearly the same values.
+
+    Between whole numbers, truths and texts there is no "nearly": a class number beside the right one is another class.
+    """
     if task == "classification":
         return np.asarray(_classes(answers) == _classes(reference))
+    if answers.dtype.kind in _NOT_FLOATS:
+        return np.array([np.array_equal(row, other) for row, other in zip(answers, reference, strict=True)])
     if task == "embedding":
         return _cosines(answers, reference) >= AGREEMENT_COSINE
     flat, flat_reference = _rows(answers), _rows(reference)
@@ -118,7 +139,7 @@ def _agrees(answers: Array, reference: Array, task: Task) -> npt.NDArray[np.bool
 
 def _finite(values: Array) -> npt.NDArray[np.bool_]:
     """Which samples have no NaN and no infinity in them."""
-    if values.dtype.kind in "OUSbiu":
+    if values.dtype.kind in _NOT_FLOATS:
         return np.ones(len(values), np.bool_)
     return np.asarray(np.isfinite(values.reshape(len(values), -1)).all(axis=1))
 
@@ -134,22 +155,15 @@ def _top1(answers: Array, reference: Array, target: Array | None, agreement: Est
 
 
 def _macro_f1(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
-    truth, guess, reference_guess = _labels(target, reference), _classes(answers), _classes(reference)
-    # a bootstrap of identical predictions has no width, which would claim certainty from any handful of samples
-    floor = PairedDrop(0, 0, len(truth))
-    score = bootstrap(lambda rows: macro_f1(truth[rows], guess[rows]), len(truth), floor)
-
-    def drop(rows: Indices) -> float:
-        return macro_f1(truth[rows], reference_guess[rows]) - macro_f1(truth[rows], guess[rows])
-
-    return score, agreement, bootstrap(drop, len(truth), floor)
+    truth = _labels(target, reference)
+    score, reference_score = (_macro_f1_of(truth, _classes(each)) for each in (answers, reference))
+    return _resampled(score, reference_score, agreement, np.unique(truth, return_counts=True)[1])
 
 
 def _cosine(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
     truth = reference if target is None else target
-    values = np.maximum(_cosines(answers, truth), 0.0)
-    lost = np.maximum(_cosines(reference, truth), 0.0) - values
-    return _mean(values), agreement, _mean(lost)
+    score, reference_score = (_mean_of(np.maximum(_cosines(each, truth), 0.0)) for each in (answers, reference))
+    return _resampled(score, reference_score, agreement, np.array([len(truth)]))
 
 
 def _r2(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
@@ -158,13 +172,17 @@ def _r2(answers: Array, reference: Array, target: Array | None, agreement: Estim
         raise RepositoryError(f"r2 needs a target of the output's shape {guess.shape}, got {truth.shape}")
     if not np.isfinite(truth).all():
         raise RepositoryError("r2 needs finite targets (fp32's own answers where there is no target)")
-    floor = PairedDrop(0, 0, len(truth))
+    return _resampled(_r2_of(truth, guess), _r2_of(truth, reference_guess), agreement, np.array([len(truth)]))
 
-    def drop(rows: Indices) -> float:
-        return r2(truth[rows], reference_guess[rows]) - r2(truth[rows], guess[rows])
 
-    score = bootstrap(lambda rows: r2(truth[rows], guess[rows]), len(truth), floor)
-    return score, agreement, bootstrap(drop, len(truth), floor)
+def _resampled(score: Statistic, reference_score: Statistic, agreement: Estimate, classes: Array) -> Estimates:
+    """Score and paired drop by bootstrap; a bootstrap of equals has no width, so few samples need a floor.
+
+    `classes` says how many samples each class has.
+    """
+    floor, n = Undetected(tuple(classes.tolist())), int(classes.sum())
+    drop = bootstrap(lambda counts: reference_score(counts) - score(counts), n, floor)
+    return bootstrap(score, n, floor), agreement, drop
 
 
 _SCORES: dict[Metric, Callable[[Array, Array, Array | None, Estimate], Estimates]] = {
@@ -177,14 +195,22 @@ _SCORES: dict[Metric, Callable[[Array, Array, Array | None, Estimate], Estimates
 
 def macro_f1(truth: Array, guess: Array) -> float:
     """The mean over classes that occur of 2·TP/(2·TP+FP+FN), in [0, 1]; -1 is no answer and so never right."""
+    return float(_macro_f1_of(truth, guess)(np.ones((1, len(truth))))[0])
+
+
+def _macro_f1_of(truth: Array, guess: Array) -> Statistic:
+    """`macro_f1` of resamples."""
     classes = int(max(truth.max(), guess.max())) + 1
-    hits, real, guessed = (
-        np.bincount(found[found >= 0], minlength=classes) for found in (truth[truth == guess], truth, guess)
-    )
-    occurrences = real + guessed
-    if not occurrences.any():
-        return 0.0
-    return float(np.mean(2 * hits[occurrences > 0] / occurrences[occurrences > 0]))
+
+    def value(counts: Floats) -> float:
+        hits, real, guessed = (
+            np.bincount(found + 1, weights, classes + 1)[1:]  # without -1
+            for found, weights in ((truth, counts * (truth == guess)), (truth, counts), (guess, counts))
+        )
+        occurs = real + guessed > 0
+        return float(np.mean(2 * hits[occurs] / (real + guessed)[occurs])) if occurs.any() else 0.0
+
+    return lambda resamples: np.array([value(counts) for counts in resamples])
 
 
 def r2(truth: Array, guess: Array) -> float:
@@ -192,22 +218,37 @@ def r2(truth: Array, guess: Array) -> float:
 
     A guess that is not finite is infinitely wrong.
     """
-    if not np.isfinite(guess).all():
-        return 0.0
-    spread = float(np.sum((truth - truth.mean(axis=0)) ** 2))
-    return max(0.0, 1.0 - float(np.sum((truth - guess) ** 2)) / spread) if spread else 0.0
+    return float(_r2_of(truth, guess)(np.ones((1, len(truth))))[0])
 
 
-def _mean(values: Array) -> Bootstrapped:
-    floor = PairedDrop(0, 0, len(values))
-    return bootstrap(lambda rows: float(values[rows].mean()), len(values), floor)
+def _r2_of(truth: Array, guess: Array) -> Statistic:
+    """`r2` of resamples, as sums over samples: no resample is ever copied out."""
+    centred = truth - truth.mean(axis=0)
+    squares = np.sum(centred**2, axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        errors = np.sum((truth - guess) ** 2, axis=1)
+    errors = np.fmin(errors, len(truth) * squares.max())  # beyond this r2 is 0 anyway, and 0 · infinity is no number
+
+    def values(counts: Floats) -> Floats:
+        around_zero = counts @ squares
+        spread = around_zero - np.sum((counts @ centred) ** 2, axis=1) / len(truth)
+        varies = spread > 1e-12 * around_zero  # less is what rounding leaves of nothing
+        return np.where(varies, np.maximum(0.0, 1 - counts @ errors / np.where(varies, spread, 1.0)), 0.0)
+
+    return values
 
 
-def _rows(values: Array) -> npt.NDArray[np.float64]:
+def _mean_of(values: Floats) -> Statistic:
+    return lambda counts: counts @ values / len(values)
+
+
+def _rows(values: Array) -> Floats:
+    if values.dtype.kind in _TEXT:
+        raise RepositoryError("texts have no distance; compare them with the metric `agreement`")
     return values.reshape(len(values), -1).astype(np.float64)
 
 
-def _cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
+def _cosines(a: Array, b: Array) -> Floats:
     left, right = _rows(a), _rows(b)
     if left.shape != right.shape:
         raise RepositoryError(f"cosine needs a target of the output's shape {left.shape}, got {right.shape}")
@@ -219,10 +260,8 @@ def _cosines(a: Array, b: Array) -> npt.NDArray[np.float64]:
 
 def _classes(answers: Array) -> Array:
     """Class numbers [samples], -1 where an answer is not finite."""
-    if answers.ndim != 2 or answers.shape[1] < 2:
-        raise RepositoryError(
-            f"classification needs an output of [batch, classes], got {['batch', *answers.shape[1:]]}"
-        )
+    if answers.ndim != 2 or answers.shape[1] < 2 or answers.dtype.kind in _TEXT:
+        raise RepositoryError(f"classification needs numbers [batch, classes], got {['batch', *answers.shape[1:]]}")
     return np.where(_finite(answers), answers.argmax(axis=1), -1)
 
 
@@ -249,7 +288,7 @@ def evidence(comparison: Comparison, batch_sizes: Sequence[int], invariance: flo
     )
 
 
-def judge(drop: Interval, agreement: Interval, samples: int, gate: GateConfig) -> Verdict:
+def judge(drop: Interval, agreement: Interval, samples: float, gate: GateConfig) -> Verdict:
     """The gate's verdict on one runtime's evidence.
 
     passed: the drop's upper bound keeps `max_accuracy_drop` and the agreement's lower bound keeps `min_agreement`.
@@ -278,7 +317,7 @@ def faultless_samples(gate: GateConfig) -> float:
 def explain(comparison: Comparison, gate: GateConfig) -> Gate:
     """Verdict and reason for one runtime's comparison, with the number of samples that would settle it."""
     drop, agreement = comparison.drop.interval(), comparison.agreement.interval()
-    verdict = judge(drop, agreement, comparison.samples, gate)
+    verdict = judge(drop, agreement, comparison.worth, gate)
     measured = (
         f"drop {_percent(drop)} (at most {gate.max_accuracy_drop:.2%}), "
         f"agreement {_percent(agreement)} (at least {gate.min_agreement:.2%}), {comparison.samples} samples"
@@ -291,8 +330,9 @@ def explain(comparison: Comparison, gate: GateConfig) -> Gate:
         return d.high <= gate.max_accuracy_drop and a.low >= gate.min_agreement
 
     value_breaks = drop.value > gate.max_accuracy_drop or agreement.value < gate.min_agreement
-    if value_breaks and np.isfinite(faultless_samples(gate)):
-        return Gate(verdict, f"{measured}; at least {int(np.ceil(faultless_samples(gate)))} are needed to judge")
+    if value_breaks and np.isfinite(faultless := faultless_samples(gate)):
+        least = int(np.ceil(faultless * comparison.samples / comparison.worth))
+        return Gate(verdict, f"{measured}; at least {least} are needed to judge")
     needed = None if value_breaks else samples_needed(passes, comparison.samples)
     enough = f"about {needed} would suffice at these rates" if needed else "no number of samples can prove this gate"
     return Gate(verdict, f"{measured}; {enough}")

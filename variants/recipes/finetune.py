@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from variants.data import Samples, spread
+from variants.model_config import ModelConfig
 from variants.recipes.recipe import Ingredients, RecipeRejected
 from variants.source import input_names
 
@@ -34,6 +35,8 @@ def finetune(module: nn.Module, teacher: nn.Module, ingredients: Ingredients) ->
     epochs = min(config.epochs, _QUICK_EPOCHS) if ingredients.quick else config.epochs
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
+    if not _learns_classes(ingredients.config):
+        samples = Samples(samples.inputs)
     batches = _Batches(teacher, samples, batched=ingredients.source.max_batch > 0)
     steps = epochs * batches.per_epoch
     optimiser = torch.optim.Adam(module.parameters(), lr=config.learning_rate, fused=True)
@@ -49,6 +52,11 @@ def finetune(module: nn.Module, teacher: nn.Module, ingredients: Ingredients) ->
             ingredients.progress((epoch * batches.per_epoch + number + 1) / steps)
     module.eval()
     return epochs
+
+
+def _learns_classes(config: ModelConfig) -> bool:
+    """Whether targets are class numbers; whole numbers alone do not say so: ages and identities are no classes."""
+    return config.task == "classification" or config.metric in ("top1", "macro_f1")
 
 
 class _Batches:

@@ -1,7 +1,8 @@
 """fp32, the reference, and amp: 16-bit arithmetic where the hardware computes it faster than fp32.
 
 Mixed precision is fp16 on CUDA and bf16 on a CPU that has it; fp16 on a CPU only casts to fp32 and back. Inputs and
-outputs stay as the source has them, so that a variant never changes what a client sends.
+outputs stay as the source has them, so that a variant never changes what a client sends. A GPU counts only where ONNX
+Runtime can use it: the reference runs there, so no server would use the GPU otherwise.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from variants.recipes.recipe import Ingredients, NoParameters, Product, RecipeRejected
+from variants.runtimes.onnxruntime_runtime import can_use_cuda
 from variants.runtimes.torch_runtime import save_archive
 from variants.source import batch_shapes, example_tensors, without_library_noise
 
@@ -29,7 +31,7 @@ def make_amp(ingredients: Ingredients, _: NoParameters) -> Product:
 
     A torch source also gets `model.pt2`, the module cast once (autocast would cast the weights on every call).
     """
-    precision = "fp16" if ingredients.hardware.cuda else "bf16"
+    precision = "fp16" if ingredients.hardware.cuda and can_use_cuda() else "bf16"
     graph = ingredients.source.graph
     if precision == "fp16":
         graph = _to_fp16(graph, ingredients.work / "fp16.onnx")
@@ -81,7 +83,7 @@ def _narrowed(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         return tuple(_cast(value, dtype) for value in inputs)
 
     def leave(_: nn.Module, __: tuple[Any, ...], answer: Any) -> Any:
-        return _widen(answer)
+        return _widen(answer, dtype)
 
     narrow.register_forward_pre_hook(enter)
     narrow.register_forward_hook(leave)
@@ -92,12 +94,9 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _widen(answer: Any) -> Any:
-    """The answer's 16-bit tensors as fp32, in the same structure."""
+def _widen(answer: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The answer's tensors in order, those of `dtype` as fp32; an archive keeps the outputs' names by itself."""
     import torch
+    from torch.utils import _pytree as pytree
 
-    if isinstance(answer, dict):
-        return {key: _widen(value) for key, value in answer.items()}
-    if isinstance(answer, (tuple, list)):
-        return type(answer)(_widen(value) for value in answer)
-    return answer.to(torch.float32) if answer.is_floating_point() else answer
+    return [leaf.to(torch.float32) if leaf.dtype == dtype else leaf for leaf in pytree.tree_leaves(answer)]

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from variants.model_config import Section
 from variants.recipes.finetune import finetune
+from variants.recipes.graph import finished, folded
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
 from variants.repository import RepositoryError
 from variants.source import example_tensors, export_graph, without_library_noise
@@ -151,7 +152,7 @@ def _leads_to_weight(node: Any) -> bool:
 
 def prune_unstructured(ingredients: Ingredients, parameters: PruneUnstructured) -> Product:
     """Set the weights that are smallest over the whole model to zero. The artefact keeps its size and speed."""
-    model = onnx.load(ingredients.source.graph)
+    model = onnx.load(folded(ingredients.source.graph, ingredients.work))
     named = {tensor.name: tensor for tensor in model.graph.initializer}
     names = {
         node.input[1] for node in model.graph.node if node.op_type in _WEIGHTED_OPERATORS and node.input[1] in named
@@ -167,7 +168,6 @@ def prune_unstructured(ingredients: Ingredients, parameters: PruneUnstructured) 
         kept = np.where(np.abs(weight) < threshold, np.zeros_like(weight), weight)
         zeros += int(np.sum(kept == 0))
         named[name].CopyFrom(numpy_helper.from_array(kept, name))
-    target = ingredients.work / "pruned-unstructured.onnx"
-    onnx.save(model, target)
+    target = finished(ingredients, model, "pruned-unstructured.onnx")
     facts = {"zero_share": round(zeros / len(magnitudes), 4), "faster_or_smaller_file": False}
     return Product({"model.onnx": target}, facts=facts)

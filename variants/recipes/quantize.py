@@ -18,10 +18,10 @@ from pydantic import Field
 
 from variants.data import Samples, spread
 from variants.hardware import needs_reduced_range
-from variants.measure import synthetic_inputs
 from variants.model_config import Section, nearest
+from variants.recipes.graph import at_least_opset, finished, folded
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
-from variants.runtimes.onnx_signature import nested_graphs, read_signature
+from variants.runtimes.onnx_signature import nested_graphs
 from variants.source import without_library_noise
 
 _RECURRENT = ("LSTM",)
@@ -37,6 +37,7 @@ _TRANSFORMER_SIGNS = {
     "MultiHeadAttention",
 }
 _LEAST_OPSET = 18  # ReduceMax takes its axes as an input from here on
+_LEAST_STATIC_OPSET = 13  # DequantizeLinear takes a scale per channel from here on
 
 
 class QuantizeDynamic(Section):
@@ -64,30 +65,17 @@ def quantize_dynamic(ingredients: Ingredients, parameters: QuantizeDynamic) -> P
     """
     reduce_range = _reduces_range(ingredients, parameters.reduce_range)
     graph, recurrent = _quantise_recurrent(ingredients, reduce_range=reduce_range)
-    model = _at_least_opset(onnx.load(graph))
+    model = at_least_opset(onnx.load(graph), _LEAST_OPSET)
     products = _rewrite_products(model.graph, 63 if reduce_range else 127)
     if products + recurrent == 0:
         raise RecipeRejected("nothing to quantise: no MatMul, Gemm or LSTM with constant weights")
-    target = ingredients.work / "int8-dynamic.onnx"
-    onnx.save(model, target)
-    _prove_sound(ingredients, target)
+    target = finished(ingredients, model, "int8-dynamic.onnx")
     facts = {
         "quantised_layers": products + recurrent,
         "batch_invariant": recurrent == 0,
         "reduce_range": reduce_range,
     }
     return Product({"model.onnx": target}, precision="int8", facts=facts)
-
-
-def _at_least_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in an opset that has the operators we write. Raises RecipeRejected."""
-    version = max((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), default=0)
-    if version >= _LEAST_OPSET:
-        return model
-    try:
-        return onnx.version_converter.convert_version(model, _LEAST_OPSET)
-    except Exception as error:
-        raise RecipeRejected(f"opset {version} cannot be raised to {_LEAST_OPSET}: {error}") from error
 
 
 def _rewrite_products(graph: onnx.GraphProto, limit: int) -> int:
@@ -115,54 +103,6 @@ def _drop_unused_weights(graph: onnx.GraphProto) -> None:
         kept = [value for value in field if value.name not in unused]
         del field[:]
         field.extend(kept)
-
-
-def _prove_sound(ingredients: Ingredients, graph: Path) -> None:
-    """Load what was made, compare its tensors with the source's and run one sample. Raises RecipeRejected."""
-    source = ingredients.source
-    try:
-        found = read_signature(graph)
-        session = _open(graph)
-    except Exception as error:  # the runtime's own exceptions share no narrower base
-        raise RecipeRejected(f"the quantised graph cannot be loaded: {_in_a_line(error)}") from error
-    gives = [[(spec.name, spec.datatype) for spec in each.outputs] for each in (source.signature, found)]
-    if source.signature.inputs != found.inputs or gives[0] != gives[1]:
-        raise RecipeRejected("the quantised graph takes or gives other tensors than the source")
-    inputs = _one_sample(ingredients)
-    try:
-        session.run(None, inputs)
-    except Exception as error:
-        if ingredients.example is None and not _runs(source.graph, inputs):
-            return  # what we made up fits this model no better before than after
-        raise RecipeRejected(f"the quantised graph does not run: {_in_a_line(error)}") from error
-
-
-def _open(graph: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
-def _runs(graph: Path, inputs: dict[str, Any]) -> bool:
-    try:
-        _open(graph).run(None, inputs)
-    except Exception:  # the runtime's own exceptions share no narrower base
-        return False
-    return True
-
-
-def _one_sample(ingredients: Ingredients) -> dict[str, Any]:
-    """A real sample as the model takes it, or a synthetic one."""
-    batched = ingredients.source.max_batch > 0
-    if ingredients.example is None:
-        return synthetic_inputs(ingredients.source.signature.inputs, 1, batch_axis=batched)
-    return {name: array[:1] if batched else array[0] for name, array in ingredients.example.inputs.items()}
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _fits(node: onnx.NodeProto, constants: dict[str, Any]) -> bool:
@@ -218,18 +158,17 @@ def _integer_product(
 
 
 def _quantise_recurrent(ingredients: Ingredients, *, reduce_range: bool) -> tuple[Path, int]:
-    """The graph with its LSTM layers in ONNX Runtime's own dynamic quantisation, and how many there are."""
-    graph = ingredients.source.graph
+    """The folded graph with its LSTM layers in ONNX Runtime's own dynamic quantisation, and how many there are."""
+    graph = folded(ingredients.source.graph, ingredients.work)
     if not any(node.op_type in _RECURRENT for node in onnx.load(graph).graph.node):
         return graph, 0
-    prepared = _preprocess(graph, ingredients.work)  # an exporter computes the weights in the graph: fold them
     target = ingredients.work / "recurrent.onnx"
     with without_library_noise():
         from onnxruntime.quantization import QuantType
         from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
 
         ort_quantize_dynamic(
-            prepared,
+            graph,
             target,
             op_types_to_quantize=list(_RECURRENT),
             per_channel=True,
@@ -250,13 +189,13 @@ def quantize_static(ingredients: Ingredients, parameters: QuantizeStatic) -> Pro
     if calibration is None:
         raise RecipeRejected("static quantisation needs calibration data; add `calibration:` to model.yaml")
     reduce_range = _reduces_range(ingredients, parameters.reduce_range)
-    prepared = _preprocess(ingredients.source.graph, ingredients.work)
+    prepared = folded(ingredients.source.graph, ingredients.work, least_opset=_LEAST_STATIC_OPSET)
     nodes = onnx.load(prepared).graph.node
     operators, names = {node.op_type for node in nodes}, {node.name for node in nodes}
     for unknown in sorted(set(parameters.exclude) - names):
         raise RecipeRejected(f"exclude: there is no node {unknown!r}; {nearest(unknown, names)}")
     is_transformer = bool(operators & _TRANSFORMER_SIGNS)
-    target = ingredients.work / "int8-static.onnx"
+    quantised = ingredients.work / "quantised.onnx"
     most = min(ingredients.config.calibration.samples if ingredients.config.calibration else 256, len(calibration))
     batches = _CalibrationBatches(spread(calibration, min(most, 64) if ingredients.quick else most), ingredients)
     with without_library_noise():
@@ -265,7 +204,7 @@ def quantize_static(ingredients: Ingredients, parameters: QuantizeStatic) -> Pro
 
         ort_quantize_static(
             prepared,
-            target,
+            quantised,
             batches,
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(_MATRIX_OPERATORS if is_transformer else _IMAGE_OPERATORS),
@@ -277,8 +216,9 @@ def quantize_static(ingredients: Ingredients, parameters: QuantizeStatic) -> Pro
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"MatMulConstBOnly": is_transformer},
         )
-    _prove_sound(ingredients, target)
-    layers = _quantised_layers(onnx.load(target).graph)
+    model = onnx.load(quantised)
+    target = finished(ingredients, model, "int8-static.onnx")
+    layers = _quantised_layers(model.graph)
     if layers == 0:
         raise RecipeRejected(f"nothing to quantise statically among {', '.join(sorted(operators))}")
     facts = {"quantised_layers": layers, "calibration_samples": batches.samples, "reduce_range": reduce_range}
@@ -290,21 +230,6 @@ def _quantised_layers(graph: onnx.GraphProto) -> int:
     dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     carriers = ("Conv", *_MATRIX_OPERATORS)
     return sum(node.op_type in carriers and node.input[1] in dequantised for node in graph.node)
-
-
-def _preprocess(graph: Path, work: Path) -> Path:
-    """Fold and annotate the graph as the quantiser likes it; its symbolic shape inference fails on some real models."""
-    with without_library_noise():
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-
-        for skip_symbolic_shape in (False, True):
-            target = work / f"prepared-{skip_symbolic_shape}.onnx"
-            try:
-                quant_pre_process(graph, target, skip_symbolic_shape=skip_symbolic_shape)
-            except Exception:  # noqa: S112 - any failure means: try with less, at last with the graph as it is
-                continue
-            return target
-    return graph
 
 
 class _CalibrationBatches:
@@ -319,7 +244,7 @@ class _CalibrationBatches:
         step = max(1, batch_size)
         for at in range(0, len(samples), step):
             rows = samples.inputs.items()
-            yield {name: array[at : at + step] if batch_size else array[at] for name, array in rows}
+            yield {name: array[at : at + step] if batch_size else array[at, ...] for name, array in rows}
 
     def get_next(self) -> dict[str, Any] | None:
         """The next batch, None after the last."""

@@ -108,6 +108,13 @@ def _share_cpu_memory() -> None:
     create_and_register_allocator(memory, OrtArenaCfg(0, default, default, default))
 
 
+def can_use_cuda() -> bool:
+    """Whether the ONNX Runtime installed here is built for CUDA; not whether there is a GPU."""
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
 def _providers(device: str, available: list[str]) -> list[str | tuple[str, dict[str, str]]]:
     """The providers of a device, best first. Raises RuntimeUnavailable if this build lacks CUDA."""
     if device == "cpu":

@@ -1,0 +1,111 @@
+"""ONNX graphs as recipes begin and end with them: constants folded before, proven sound after.
+
+Rules of this file: whatever a tool does to a graph, its inputs and outputs stay those of the source, the batch
+dimension included; a changed graph is loaded and run before anyone sees it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from variants.measure import synthetic_inputs
+from variants.recipes.recipe import Ingredients, RecipeRejected
+from variants.runtimes.onnx_signature import read_signature
+from variants.source import without_library_noise
+
+
+def folded(graph: Path, work: Path, *, least_opset: int = 0) -> Path:
+    """The graph with computed constants as plain weights, annotated with shapes, in at least that opset.
+
+    Exporters leave weights behind Constant, Identity and Transpose nodes. Symbolic shape inference fails on some real
+    models, so it may be left out. Raises RecipeRejected when the opset cannot be raised.
+    """
+    raised = work / "raised.onnx"
+    onnx.save(at_least_opset(onnx.load(graph), least_opset), raised)
+    with without_library_noise():
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        for skip_symbolic_shape in (False, True):
+            target = work / f"folded-{skip_symbolic_shape}.onnx"
+            try:
+                quant_pre_process(raised, target, skip_symbolic_shape=skip_symbolic_shape)
+            except Exception:  # noqa: S112 - any failure means: try with less, at last with the graph as it is
+                continue
+            return target
+    return raised
+
+
+def at_least_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
+    """The model in an opset that has the operators we write. Raises RecipeRejected."""
+    version = max((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), default=0)
+    if version >= least:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, least)
+    except Exception as error:
+        raise RecipeRejected(f"opset {version} cannot be raised to {least}: {error}") from error
+
+
+def finished(ingredients: Ingredients, model: onnx.ModelProto, name: str) -> Path:
+    """Write the changed model with the source's own inputs and outputs, and prove it sound. Raises RecipeRejected."""
+    target = ingredients.work / name
+    source = onnx.load(ingredients.source.graph).graph
+    given = {value.name: value for value in (*source.input, *source.output)}
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name in given and given[value.name].type.tensor_type.HasField("shape"):
+            value.CopyFrom(given[value.name])  # shape inference renames batch symbols: "floor(1.0*batch)"
+    onnx.save(model, target)
+    _prove_sound(ingredients, target)
+    return target
+
+
+def _prove_sound(ingredients: Ingredients, graph: Path) -> None:
+    """Load what was made, compare its tensors with the source's and run one sample. Raises RecipeRejected."""
+    source = ingredients.source
+    try:
+        found = read_signature(graph)
+        session = _open(graph)
+    except Exception as error:  # the runtime's own exceptions share no narrower base
+        raise RecipeRejected(f"the changed graph cannot be loaded: {_in_a_line(error)}") from error
+    gives = [[(spec.name, spec.datatype) for spec in each.outputs] for each in (source.signature, found)]
+    same_batch = source.signature.batch_axis == found.batch_axis
+    if source.signature.inputs != found.inputs or gives[0] != gives[1] or not same_batch:
+        raise RecipeRejected("the changed graph takes or gives other tensors than the source")
+    inputs = _one_sample(ingredients)
+    try:
+        session.run(None, inputs)
+    except Exception as error:
+        if ingredients.example is None and not _runs(source.graph, inputs):
+            return  # what we made up fits this model no better before than after
+        raise RecipeRejected(f"the changed graph does not run: {_in_a_line(error)}") from error
+
+
+def _open(graph: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _runs(graph: Path, inputs: dict[str, Any]) -> bool:
+    try:
+        _open(graph).run(None, inputs)
+    except Exception:  # the runtime's own exceptions share no narrower base
+        return False
+    return True
+
+
+def _one_sample(ingredients: Ingredients) -> dict[str, Any]:
+    """A real sample as the model takes it, or a synthetic one."""
+    batched = ingredients.source.max_batch > 0
+    if ingredients.example is None:
+        return synthetic_inputs(ingredients.source.signature.inputs, 1, batch_axis=batched)
+    return {name: array[:1] if batched else array[0, ...] for name, array in ingredients.example.inputs.items()}
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
