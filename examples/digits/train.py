@@ -46,7 +46,7 @@ def main() -> None:
     """Train, say how good it is, write the repository."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True, help="the model repository to write `digits` into")
-    arguments.add_argument("--epochs", type=int, default=12)
+    arguments.add_argument("--epochs", type=int, default=10)
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     started = time.monotonic()
