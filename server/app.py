@@ -52,6 +52,9 @@ _SWITCH_INTERVAL_S = 0.0005
 """How long a Python thread may hold on while another waits: an executor that returns must not wait 5 ms."""
 
 
+_NO_LOAD = ModelLoad(0, 0, 0, 0.0)
+
+
 class StartError(Exception):
     """The server cannot start; one line says why."""
 
@@ -225,22 +228,23 @@ class Server:
         inflight = self.engine.inflight()
 
         def read(scheduler: Scheduler, now_ns: int) -> dict[str, ModelLoad]:
-            return {
-                queue.key[0]: ModelLoad(
-                    queue_depth=queue.waiting,
-                    queue_bytes=queue.waiting_bytes,
-                    inflight_requests=inflight.get(queue.key[0], 0),
-                    saturation_ratio=scheduler.saturation(queue.key, now_ns),
+            loads: dict[str, ModelLoad] = {}
+            for queue in scheduler.models.values():  # of one that was loaded again there may be two
+                name = queue.key.name
+                other = loads.get(name, _NO_LOAD)
+                loads[name] = ModelLoad(
+                    queue_depth=queue.waiting + other.queue_depth,
+                    queue_bytes=queue.waiting_bytes + other.queue_bytes,
+                    inflight_requests=inflight.get(name, 0),
+                    saturation_ratio=max(scheduler.saturation(queue.key, now_ns), other.saturation_ratio),
                 )
-                for queue in scheduler.models.values()
-            }
+            return loads
 
         return self.engine.snapshot(read)
 
     def status(self) -> ServerStatus:
         """The server as it is now, for the status page and the probes."""
         loads = self.loads()
-        empty = ModelLoad(0, 0, 0, 0.0)
         return ServerStatus(
             live=True,
             ready=self.services.ready,
@@ -249,7 +253,7 @@ class Server:
             busy_executors=self.engine.snapshot(lambda scheduler, _: scheduler.busy_executors),
             hardware=f"{self.hardware.cpu}, {self.hardware.cores} cores, {self.host.device}",
             models=tuple(
-                ModelStatus(m.name, m.version, m.current_variants(), loads.get(m.name, empty))
+                ModelStatus(m.name, m.version, m.current_variants(), loads.get(m.name, _NO_LOAD))
                 for m in self.models.served()
             ),
             failed={entry.name: entry.reason for entry in self.models.not_served()},

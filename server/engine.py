@@ -105,6 +105,8 @@ class Engine:
     def remove_model(self, model: ServedModel) -> None:
         """Forget a model that the registry no longer names, once nothing of it waits or runs."""
         with self._settled:
+            self._scheduler.retire_model(model.key)
+            self._transport.wake()
             self._settled.wait_for(lambda: not self._busy_with(model))
             self._scheduler.remove_model(model.key)
             self._by_key.pop(model.key, None)

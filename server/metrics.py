@@ -237,7 +237,8 @@ class Metrics:
         families, labels = self._families, (name, version, variant.name)
         for state in State:
             families.state.labels(*labels, state.value).set(state is variant.state)
-        families.info.remove_by_labels(dict(zip(VARIANT, labels, strict=True)))  # it may have moved to another runtime
+        for family in (families.info, families.accuracy, families.capacity):  # loaded again, it may be another one
+            family.remove_by_labels(dict(zip(VARIANT, labels, strict=True)))
         families.info.labels(*labels, variant.precision, variant.runtime, variant.device).set(1)
         if score := variant.score:
             families.accuracy.labels(*labels, "point").set(score.value)

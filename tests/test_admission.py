@@ -13,8 +13,8 @@ from server.scheduling.slo import ModelKey, OnInfeasible, Request, Slo
 from variants.variant import Interval, State
 
 DEGRADE, LATE, REJECT = OnInfeasible.DEGRADE, OnInfeasible.LATE, OnInfeasible.REJECT
-IDLE = Load(now_ns=0, free_ns=[0], others_backlog_ns=0)
-BUSY = Load(now_ns=0, free_ns=[10_000 * MS], others_backlog_ns=0)
+IDLE = Load(now_ns=0, free_ns=[0], others_backlog_ns=0, late_room=10**9)
+BUSY = Load(now_ns=0, free_ns=[10_000 * MS], others_backlog_ns=0, late_room=10**9)
 
 
 def model_of(**states: State) -> ModelQueue:
@@ -263,13 +263,13 @@ def test_the_work_ahead_counts_and_the_work_behind_does_not() -> None:
     newcomer = Slo(latency_ns=60 * MS)
     assert refusal(behind, ask(behind, Arrival(0, newcomer)), IDLE) is None
     assert isinstance(refusal(ahead, ask(ahead, Arrival(0, newcomer)), IDLE), Overloaded)
-    assert refusal(ahead, ask(ahead, Arrival(0, newcomer)), Load(0, [0] * 8, 0)) is None
+    assert refusal(ahead, ask(ahead, Arrival(0, newcomer)), Load(0, [0] * 8, 0, None)) is None
 
 
 def test_other_models_hold_a_newcomer_up_by_no_more_than_its_own_work_ahead() -> None:
     """Executors are shared fairly, so another model's endless backlog does not refuse the first request of this one."""
     model = model_of()
-    flooded = Load(0, [0], others_backlog_ns=10**15)
+    flooded = Load(0, [0], others_backlog_ns=10**15, late_room=None)
     assert refusal(model, ask(model, Arrival(0, Slo(latency_ns=10 * MS))), flooded) is None
 
 

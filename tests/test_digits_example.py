@@ -14,7 +14,7 @@ from serving import serving
 from sklearn.datasets import load_digits
 
 from variants.repository import open_path
-from variants.source import open_source
+from variants.source import importable, open_source
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "digits"
@@ -99,7 +99,8 @@ def test_the_repository_can_be_built(repository: Path, sets: dict[str, dict[str,
     [model] = open_path(repository)
     version = model.newest()
     assert [variant.name for variant in model.config.variants or ()][:2] == ["fp32", "amp"]
-    source = open_source(version, {"image": sets["evaluation"]["image"][:9]}, tmp_path)
+    with importable(model.path):
+        source = open_source(version, {"image": sets["evaluation"]["image"][:9]}, tmp_path)
     assert [(spec.name, spec.datatype, spec.shape) for spec in source.signature.inputs] == [
         ("image", "FP32", (-1, 1, 32, 32))
     ]
@@ -128,7 +129,9 @@ def test_the_client_shows_answers_and_refusals(
     repository: Path, sets: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     """A relaxed SLO is answered by fp32; one that nothing can meet is shown as a refusal with the server's words."""
-    source = open_source(open_path(repository)[0].newest(), {"image": sets["evaluation"]["image"][:9]}, tmp_path)
+    [model] = open_path(repository)
+    with importable(model.path):
+        source = open_source(model.newest(), {"image": sets["evaluation"]["image"][:9]}, tmp_path)
     bare = tmp_path / "models" / "digits" / "1"
     bare.mkdir(parents=True)
     shutil.copyfile(source.graph, bare / "model.onnx")

@@ -425,7 +425,7 @@ class Flattener:
 
 def test_output_rows_are_no_samples() -> None:
     """Seven samples that answer in fourteen rows would count as fourteen: refused with the shape."""
-    with pytest.raises(RepositoryError, match=r"one row per sample; 4 gave \[8\]"):
+    with pytest.raises(ValueError, match=r"one row per sample; 4 gave \[8\]"):
         run_samples(Flattener(), {"x": np.ones((7, 2), np.float32)}, 4)
 
 

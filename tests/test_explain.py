@@ -35,7 +35,7 @@ DEFAULTS = Defaults(latency_ns=1000 * MS)
 
 def ask(slo: Slo, *, busy_ms: float = 0, queue: ModelQueue | None = None, defaults: Defaults = DEFAULTS) -> Explanation:
     """Explain on a server with one executor that is busy for so long."""
-    load = Load(NOW, [NOW + int(busy_ms * MS)], 0)
+    load = Load(NOW, [NOW + int(busy_ms * MS)], 0, 10**9)
     return explain(queue or ModelQueue(ModelKey("m", "1"), VARIANTS), VARIANTS, slo, defaults, load, choose)
 
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from variants.repository import ModelFolder, RepositoryError
 from variants.runtimes.onnx_signature import read_signature
-from variants.source import export_graph, load_module, open_source
+from variants.source import export_graph, importable, load_module, open_source
 
 Array = np.ndarray[Any, Any]
 
@@ -82,7 +82,8 @@ def test_two_models_may_both_have_a_module_of_the_same_name(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         (tmp_path / name / "network.py").write_text(f"from torch import nn\ndef make(): return nn.Linear(2, {width})\n")
         safetensors.torch.save_model(torch.nn.Linear(2, width), str(tmp_path / name / "w.safetensors"))
-        module = load_module("network:make", tmp_path / name / "w.safetensors", tmp_path / name)
+        with importable(tmp_path / name):
+            module = load_module("network:make", tmp_path / name / "w.safetensors")
         widths[name] = module(torch.ones(1, 2)).shape[1]
     assert widths == {"a": 3, "b": 5}
 
@@ -91,11 +92,13 @@ def test_weights_that_do_not_fit_are_one_clear_line(tmp_path: Path) -> None:
     """Missing and surplus tensors are named; so is a factory that fails."""
     (tmp_path / "network.py").write_text("from torch import nn\ndef make(): return nn.Linear(2, 3)\n")
     safetensors.torch.save_file({"other": torch.ones(1)}, tmp_path / "w.safetensors")
-    with pytest.raises(RepositoryError, match=r"does not fit source.module 'network:make'.*other") as caught:
-        load_module("network:make", tmp_path / "w.safetensors", tmp_path)
+    does_not_fit = r"does not fit source.module 'network:make'.*other"
+    with importable(tmp_path), pytest.raises(RepositoryError, match=does_not_fit) as caught:
+        load_module("network:make", tmp_path / "w.safetensors")
     assert "\n" not in str(caught.value)
-    with pytest.raises(RepositoryError, match=r"source.module 'network:made' failed: AttributeError"):
-        load_module("network:made", tmp_path / "w.safetensors", tmp_path)
+    failed = r"source.module 'network:made' failed: AttributeError"
+    with importable(tmp_path), pytest.raises(RepositoryError, match=failed):
+        load_module("network:made", tmp_path / "w.safetensors")
 
 
 def onnx_model(folder: Path, graph: onnx.ModelProto) -> ModelFolder:

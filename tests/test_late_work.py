@@ -134,3 +134,40 @@ def test_work_that_finds_no_late_place_expires() -> None:
     asked = world.arrive(*[Arrival(MS, slo(40, None, LATE))] * 3)
     world.run()
     assert [world.outcome(number) for number in asked] == [Outcome.LATE, Outcome.LATE, Outcome.EXPIRED]
+
+
+def test_one_late_request_may_always_wait() -> None:
+    """Bounds so small that half of them is nothing still let late work be served, one at a time."""
+    world = World(model_of(), max_requests=1, max_bytes=100, defaults=Defaults(latency_ns=MS))
+    numbers = world.arrive(*[Arrival(at * 50 * MS, size_bytes=90) for at in range(3)])
+    world.run()
+    assert [world.outcome(number) for number in numbers] == [Outcome.LATE] * 3
+
+
+def test_a_full_late_queue_leads_to_what_was_asked_for_next() -> None:
+    """Actions are tried in their order: who may not wait to be late may still be degraded."""
+    world = World(model_of(), max_requests=4, defaults=Defaults(latency_ns=MS))
+    world.arrive(*[Arrival(0, Slo(on_infeasible=(LATE,)))] * 3)
+    asked = slo(9, 0.913, LATE, OnInfeasible.DEGRADE, hard=False)
+    number = world.arrive(Arrival(0, asked))[0]
+    world.run()
+    assert world.outcome(number) is Outcome.DEGRADED
+
+
+def test_requests_that_could_only_be_late_are_no_traffic() -> None:
+    """A flood that finds the late queue full does not make the others' deadlines look short."""
+    world = World(model_of(), max_requests=20)
+    world.arrive(*[Arrival(at * MS, slo(0.001, None, LATE)) for at in range(500)])
+    regular = world.arrive(*[Arrival(at * 50 * MS, slo(100)) for at in range(1, 10)])
+    world.run()
+    assert {world.ended[number].variant for number in regular} == {"fp32"}
+
+
+def test_late_work_of_a_retired_model_comes_to_an_end() -> None:
+    """Beside a model that always has something waiting, the late work of one that is to go takes its turns."""
+    world = World(model_of(name="m"), model_of(name="n"))
+    world.arrive(*[Arrival(at * MS, slo(100), "m") for at in range(3000)])
+    late = world.arrive(*[Arrival(SECOND, slo(0.5, None, LATE), "n")] * 40)
+    world.at(SECOND + MS, lambda: world.scheduler.retire_model(ModelKey("n", "1")))
+    world.run(until_ns=2 * SECOND)
+    assert all(number in world.ended for number in late)

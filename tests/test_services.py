@@ -138,6 +138,7 @@ def test_a_version_that_is_loaded_again_leaves_no_gap(ladder: Serving) -> None:
     wait_until(lambda: ladder.model("ladder") is not old)
     after = ladder.v2.ModelInfer.future(request_for("ladder", x=ROW))
     wait_until(lambda: ladder.server.engine.inflight() == {"ladder": 2})
+    assert ladder.server.loads()["ladder"].queue_depth == 1, "of both loads"
     assert not load.done()
     gate.opened.set()
     load.result(WAIT_S)
@@ -178,6 +179,16 @@ def test_a_variant_that_a_reload_lost_leaves_the_metrics(ladder: Serving, tmp_pa
     ladder.v2.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="ladder"), timeout=WAIT_S)
     assert shown() == {"fp32"}
     assert ladder.outcomes() == {"ok": 1}
+
+
+def test_a_variant_that_a_reload_changed_shows_nothing_of_what_it_was(ladder: Serving, tmp_path: Path) -> None:
+    """Accuracy and capacity of the load before are gone where the new one has none."""
+    shutil.rmtree(tmp_path / "ladder")
+    models.add(tmp_path, "ladder", models.mlp(256), version=1)
+    assert ladder.values("gearshift_variant_accuracy", "variant")["fp32"]
+    ladder.v2.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="ladder"), timeout=WAIT_S)
+    assert ladder.values("gearshift_variant_accuracy", "variant") == {}
+    assert ladder.values("gearshift_variant_capacity_samples_per_second", "variant").keys() == {"fp32"}
 
 
 def test_unloading_means_the_model_that_serves_when_its_turn_comes(ladder: Serving) -> None:

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from variants.repository import ModelFolder, RepositoryError
-from variants.source import Source, load_module, open_source
+from variants.source import Source, importable, load_module, open_source
 
 EXAMPLE = {"x": np.ones((4, 3, 2), np.float32)}
 
@@ -42,7 +42,8 @@ def torch_model(folder: Path, code: str, weights: torch.nn.Module, yaml: str = "
 def opened(model: ModelFolder, work: Path) -> Source:
     """The model's source, traced with three steps of two numbers."""
     work.mkdir()
-    return open_source(model.newest(), EXAMPLE, work)
+    with importable(model.path):
+        return open_source(model.newest(), EXAMPLE, work)
 
 
 RECURRENT = """
@@ -106,7 +107,10 @@ def test_a_module_of_the_current_folder_is_forgotten(here: Path, tmp_path: Path)
     )
     (a.path / "network.py").rename(here / "network.py")
     (here / "network.py").write_text((here / "network.py").read_text().replace("Tanh", "ReLU"))
-    found = [load_module("network:make", model.path / "1/w.safetensors", model.path) for model in (a, b)]
+    found = []
+    for model in (a, b):
+        with importable(model.path):
+            found.append(load_module("network:make", model.path / "1/w.safetensors"))
     assert [str(module).count("ReLU") for module in found] == [1, 0]
 
 
@@ -121,5 +125,18 @@ def test_an_environment_below_the_current_folder_stays_loaded(
     (here / "gearshift_helper.py").write_text("import gearshift_library")
     code = "import gearshift_helper\ndef make(): return nn.Linear(2, 2)"
     model = torch_model(tmp_path / "m", code, torch.nn.Linear(2, 2))
-    load_module("network:make", model.path / "1/w.safetensors", model.path)
+    with importable(model.path):
+        load_module("network:make", model.path / "1/w.safetensors")
     assert {"gearshift_library", "gearshift_helper", "network"} & set(sys.modules) == {"gearshift_library"}
+
+
+def test_what_a_module_imports_only_when_it_runs_is_found(here: Path, tmp_path: Path) -> None:
+    """A `forward` may import its neighbours, as modules that import each other must."""
+    (here / "gearshift_helper.py").write_text("import torch\ndef activate(x): return torch.relu(x)")
+    code = (
+        "class Late(nn.Linear):\n    def forward(self, x):\n        from gearshift_helper import activate\n"
+        "        return activate(super().forward(x))\ndef make(): return Late(2, 2)"
+    )
+    model = torch_model(tmp_path / "m", code, torch.nn.Linear(2, 2))
+    assert opened(model, tmp_path / "work").max_batch > 0
+    assert "gearshift_helper" not in sys.modules

@@ -26,7 +26,7 @@ from variants.progress import Advance, Reporter
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
 from variants.repository import ManifestEntry, ModelFolder, VersionFolder, file_sha256, open_path
 from variants.runtimes import available_runtimes
-from variants.source import Source, open_source
+from variants.source import Source, importable, open_source
 from variants.summary import measure_speeds, sentences, sound_cards, table
 from variants.variant import REFERENCE, Card, Gate, Verdict
 from variants.verify import Verifier
@@ -104,7 +104,7 @@ def _build_model(model: ModelFolder, only: list[str] | None, *, force: bool, qui
         reporter.line(f"{label}: nothing changed, all {len(chosen)} variants are up to date")
         return 0
     keeps_reference = not force and is_current(version, chosen[0])
-    with tempfile.TemporaryDirectory(prefix="gearshift-build-") as folder:
+    with importable(model.path), tempfile.TemporaryDirectory(prefix="gearshift-build-") as folder:
         factory = _open_factory(version, hardware, Path(folder), keeps_reference, quick=quick, reporter=reporter)
         _vouch_for_data(version)  # first, so that an interrupt leaves a manifest that is whole
         due = (variant for variant in chosen if force or not is_current(version, variant))

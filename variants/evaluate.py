@@ -67,7 +67,7 @@ class Comparison:
 def run_samples(session: Session, inputs: Mapping[str, Array], batch_size: int) -> list[Array]:
     """Every output for all samples, [samples, ...]; a `batch_size` of 0 means the model has no batch dimension.
 
-    Raises RepositoryError when the first output, the one judged, has not one row per sample.
+    Raises ValueError when the first output, the one judged, has not one row per sample.
     """
     count = len(next(iter(inputs.values())))
     if batch_size == 0:
@@ -77,7 +77,7 @@ def run_samples(session: Session, inputs: Mapping[str, Array], batch_size: int) 
     parts = [session.run({name: array[at : at + batch_size] for name, array in inputs.items()}) for at in starts]
     for at, (judged, *_) in zip(starts, parts, strict=True):
         if judged.shape[:1] != (rows := min(batch_size, count - at),):
-            raise RepositoryError(f"the first output must have one row per sample; {rows} gave {list(judged.shape)}")
+            raise ValueError(f"the first output must have one row per sample; {rows} gave {list(judged.shape)}")
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 

@@ -80,7 +80,10 @@ class Source:
 
 
 def open_source(version: VersionFolder, example: Mapping[str, Array] | None, work: Path) -> Source:
-    """The source of a version. `example` holds a few samples for tracing a torch module. Raises RepositoryError."""
+    """The source of a version; call it within `importable`. Raises RepositoryError.
+
+    `example` holds a few samples for tracing a torch module.
+    """
     config = version.source
     if config.onnx is not None:
         return _open_onnx(version.resolve(config.onnx), version.model.config.batching.max_batch_size)
@@ -90,7 +93,7 @@ def open_source(version: VersionFolder, example: Mapping[str, Array] | None, wor
         )
     if config.module is None or config.weights is None:
         raise RepositoryError(f"{version.path}: `source` needs `module` and `weights`")
-    module = load_module(config.module, version.resolve(config.weights), version.model.path)
+    module = load_module(config.module, version.resolve(config.weights))
     graph, max_batch = work / "reference.onnx", version.model.config.batching.max_batch_size
     export_graph(module, example, graph, batched=max_batch > 0)
     signature = _signature(graph)
@@ -132,15 +135,18 @@ def _signature(graph: Path) -> Signature:
         raise RepositoryError(f"{graph}: {error}") from error
 
 
-def load_module(name: str, weights: Path, folder: Path) -> nn.Module:
-    """Call a `package.module:factory` found in the model's folder, the current one or installed; load its weights."""
+def load_module(name: str, weights: Path) -> nn.Module:
+    """Call a `package.module:factory` and load its weights.
+
+    Within `importable` it is found in the model's folder, the current one or among what is installed; what it imports
+    only when it runs is found so too.
+    """
     import safetensors.torch
     from torch import nn
 
     module_name, _, factory_name = name.partition(":")
     try:
-        with _importable(folder):
-            module = getattr(importlib.import_module(module_name), factory_name)()
+        module = getattr(importlib.import_module(module_name), factory_name)()
     except Exception as error:  # it is someone's own code: anything can happen in it
         raise RepositoryError(f"source.module {name!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module):
@@ -154,7 +160,7 @@ def load_module(name: str, weights: Path, folder: Path) -> nn.Module:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
+def importable(folder: Path) -> Iterator[None]:
     """Let a model's own modules be imported, and forget them afterwards: two models may both have a `network.py`.
 
     Its own are those anywhere in its folder or directly in the current one, where an environment may lie deeper down.

@@ -16,6 +16,8 @@ from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue, bits
 from server.scheduling.slo import OnInfeasible, Request, Slo
 from variants.variant import REFERENCE, State, Variant
 
+QUEUE_FULL_RETRY_NS = 50_000_000
+
 _DEFAULT_PRIORITY = 2
 _MOST_PRIORITY = 8
 
@@ -31,11 +33,15 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The executors at one instant: when each is expected to be free, and the work that waits for other models."""
+    """The executors at one instant: when each is expected to be free, and the work that waits for other models.
+
+    `late_room` is how many bytes of late work may yet be queued, None where no such request may.
+    """
 
     now_ns: int
     free_ns: Sequence[int]
     others_backlog_ns: int
+    late_room: int | None
 
 
 def meets_floor(variant: Variant, slo: Slo) -> bool:
@@ -159,7 +165,10 @@ def predicted_finish_ns(model: ModelQueue, request: Request, allowed: int, load:
 
 
 def refusal(model: ModelQueue, request: Request, load: Load) -> ServingError | None:
-    """Why the request is refused; None when it may wait, perhaps degraded or made late as it asked."""
+    """Why the request is refused; None when it may wait, perhaps degraded or made late as it asked.
+
+    What is refused only because there is no room for late work is marked late as well.
+    """
     error = why_not(model, request, request.allowed, load)
     if error is None:
         return None
@@ -170,13 +179,16 @@ def refusal(model: ModelQueue, request: Request, load: Load) -> ServingError | N
         if action is OnInfeasible.DEGRADE and request.fallback:
             wider |= request.fallback
             if why_not(model, request, wider, load) is None:
-                request.allowed = wider
+                request.allowed, request.late = wider, False
                 return None
         if action is OnInfeasible.LATE:  # late at the floor it asked for, if any variant reaches it at all
             allowed = request.allowed if model.fitting(request.allowed, request.samples) else wider
             if model.fitting(allowed, request.samples):
-                request.allowed, request.late = allowed, True
-                return None
+                request.late = True
+                if load.late_room is not None and request.size_bytes <= load.late_room:
+                    request.allowed = allowed
+                    return None
+                error = Overloaded("the queue of late work is full", QUEUE_FULL_RETRY_NS)
     return error
 
 

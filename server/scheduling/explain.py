@@ -6,7 +6,7 @@ The question is put to the very policy that decides: the request is queued, the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.errors import Infeasible
 from server.scheduling.admission import Defaults, Load, make_request, meets_floor, refusal, with_floor
@@ -100,7 +100,7 @@ def _after(model: ModelQueue, request: Request, load: Load) -> Load:
     """The load once the work ahead of the request has been done."""
     ahead_ns = model.backlog_ns(request.order_ns) // len(load.free_ns)
     now_ns = max(load.now_ns, min(load.free_ns)) + ahead_ns
-    return Load(now_ns, [max(free, now_ns) for free in load.free_ns], load.others_backlog_ns)
+    return replace(load, now_ns=now_ns, free_ns=[max(free, now_ns) for free in load.free_ns])
 
 
 def _with_request(

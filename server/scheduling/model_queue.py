@@ -44,7 +44,7 @@ class ModelQueue:
 
     `unmeasured` are the variants that cannot run here, with the reason; `usable` those that may run at all, `eligible`
     those that take traffic which does not pin. `served_ns` is the executor time this model has had, the measure of
-    fairness between models.
+    fairness between models. A `retired` model only finishes what it has.
     """
 
     def __init__(self, key: ModelKey, variants: Sequence[Variant], max_queue_delay_ns: int = 0) -> None:
@@ -56,6 +56,7 @@ class ModelQueue:
         self.max_queue_delay_ns = max_queue_delay_ns
         self.queues: dict[QueueKey, DeadlineQueue] = {}
         self.late: dict[QueueKey, DeadlineQueue] = {}
+        self.retired = False
         self.waiting = 0
         self.waiting_bytes = 0
         self.late_waiting = 0

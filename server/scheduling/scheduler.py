@@ -20,7 +20,6 @@ from variants.variant import State
 
 Policy = Callable[[ModelQueue, int, Sequence[int]], Choice]
 
-_QUEUE_FULL_RETRY_NS = 50_000_000
 _LATE_BLOCKS_AT_MOST_NS = 50_000_000
 
 
@@ -73,6 +72,10 @@ class Scheduler:
         """Take on a model."""
         self.models[model.key] = model
 
+    def retire_model(self, key: ModelKey) -> None:
+        """Nothing more will arrive for a model: so that it can go, its late work takes turns with everybody's work."""
+        self.models[key].retired = True
+
     def remove_model(self, key: ModelKey) -> None:
         """Let go of a model of which nothing waits."""
         del self.models[key]
@@ -103,14 +106,12 @@ class Scheduler:
         if request.size_bytes > self._max_bytes:
             error: ServingError | None = Overloaded(f"more bytes than may ever wait here ({self._max_bytes})", None)
         elif model.waiting >= self._max_requests or model.waiting_bytes + request.size_bytes > self._max_bytes:
-            error = Overloaded("the queue is full", _QUEUE_FULL_RETRY_NS)
+            error = Overloaded("the queue is full", admission.QUEUE_FULL_RETRY_NS)
         elif request.deadline_ns <= request.arrival_ns and OnInfeasible.LATE not in request.on_infeasible:
             error = DeadlineMissed("the deadline had passed on arrival")
         else:
             error = admission.refusal(model, request, self.load(model, now_ns))
-            if request.late and not self._has_room_for_late(model, request):
-                error = Overloaded("the queue of late work is full", _QUEUE_FULL_RETRY_NS)
-        if isinstance(error, Overloaded) or (error is None and not request.late):  # what can never be met is no traffic
+        if not request.late and (error is None or isinstance(error, Overloaded)):  # what can never be met is no traffic
             model.note_arrival(request.samples, max(request.deadline_ns - request.arrival_ns, 1), now_ns)
         if error is None:
             if not model.queues:  # it starts level with the others: neither idleness nor late work earns credit
@@ -135,6 +136,8 @@ class Scheduler:
         for model in fairly:
             if model.queues and not self._holds_back(model, now_ns):
                 return self._run(executor, model, self._policy(model, now_ns, others_free_ns), now_ns)
+            if model.retired and model.late and not model.queues and (choice := _late_batch(model, None)):
+                return self._run(executor, model, choice, now_ns)
         held_until_ns = [self._held_until_ns(model, now_ns) for model in fairly if model.queues]
         spare_ns = min((until_ns - now_ns for until_ns in held_until_ns if until_ns is not None), default=None)
         for model in fairly:
@@ -213,7 +216,7 @@ class Scheduler:
     def load(self, model: ModelQueue, now_ns: int) -> Load:
         """What a newcomer of this model finds."""
         others = sum(other.backlog_ns() for other in self.models.values() if other is not model)
-        return Load(now_ns, self._free_ns, others)
+        return Load(now_ns, self._free_ns, others, self._late_room(model))
 
     def _run(self, executor: int, model: ModelQueue, choice: Choice, now_ns: int) -> Run:
         for request in choice.requests:
@@ -250,11 +253,9 @@ class Scheduler:
                 request.fallback = 0
                 model.add(request)  # still hopeless? then the next round tries the next action
                 return None
-            if (
-                action is OnInfeasible.LATE
-                and model.fitting(request.allowed, request.samples)
-                and self._has_room_for_late(model, request)
-            ):
+            late_room = self._late_room(model)
+            has_room = late_room is not None and request.size_bytes <= late_room
+            if action is OnInfeasible.LATE and has_room and model.fitting(request.allowed, request.samples):
                 request.late = True
                 model.add(request)
                 return None
@@ -264,10 +265,16 @@ class Scheduler:
         error = DeadlineMissed(f"after {waited_ms:.2f} ms in the queue the deadline can no longer be met")
         return End(request, Outcome.EXPIRED, error)
 
-    def _has_room_for_late(self, model: ModelQueue, request: Request) -> bool:
-        """Late work may fill half of each bound: it would otherwise keep out requests that can still be in time."""
-        waiting, waiting_bytes = model.late_waiting, model.late_bytes + request.size_bytes
-        return waiting < self._max_requests // 2 and waiting_bytes <= self._max_bytes // 2
+    def _late_room(self, model: ModelQueue) -> int | None:
+        """Bytes of late work that may yet be queued: half of each bound, for it would keep out who can be in time.
+
+        One such request may always wait, so that it can be served at all. None where no more requests may.
+        """
+        if not model.late_waiting:
+            return self._max_bytes
+        if model.late_waiting >= self._max_requests // 2:
+            return None
+        return self._max_bytes // 2 - model.late_bytes
 
     def _holds_back(self, model: ModelQueue, now_ns: int) -> bool:
         held_until_ns = self._held_until_ns(model, now_ns)

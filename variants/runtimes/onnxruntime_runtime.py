@@ -79,7 +79,7 @@ class OnnxRuntimeSession:
 
 
 def _options(threads: int) -> Any:
-    """Session options: explicit threads, every fusion, nothing that burns cores or keeps memory while idle."""
+    """Session options: explicit threads, every fusion, nothing that burns cores while idle."""
     from onnxruntime import ExecutionMode, GraphOptimizationLevel, SessionOptions
 
     options = SessionOptions()
@@ -99,7 +99,8 @@ def _share_cpu_memory() -> None:
     """One arena for every session of the process.
 
     Without one, each batch's intermediate results are mapped and unmapped page by page (measured: 6 % of a CNN's CPU
-    time); with one per session, every variant would keep the memory of its largest batch for ever.
+    time); with one per session, every variant would keep the memory of its largest batch for ever. This one keeps the
+    most that all executors together have ever used at once.
     """
     from onnxruntime import OrtAllocatorType, OrtArenaCfg, OrtMemoryInfo, OrtMemType, create_and_register_allocator
 
