@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -186,8 +187,11 @@ def importable(folder: Path) -> Iterator[None]:
 
 def _places(module: ModuleType) -> list[Path]:
     """Where a module was found: a package's folders, or its file; nothing for one that is built in."""
-    file = getattr(module, "__file__", None)
-    return [Path(place).resolve() for place in getattr(module, "__path__", [file] if file else [])]
+    spec = getattr(module, "__spec__", None)
+    if not isinstance(spec, ModuleSpec):  # what stands among the modules may make up any attribute it is asked for
+        return []
+    file = [spec.origin] if spec.origin and spec.has_location else []
+    return [Path(place).resolve() for place in spec.submodule_search_locations or file]
 
 
 def input_names(module: nn.Module, arrays: Mapping[str, Array]) -> list[str]:
