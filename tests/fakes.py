@@ -196,3 +196,34 @@ def parameters_of(reply: Reply) -> dict[str, object]:
     return {
         key: getattr(value, str(value.WhichOneof("parameter_choice"))) for key, value in response.parameters.items()
     }
+
+
+class Gate:
+    """Holds the first batch in the runtime until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, _: Array) -> None:
+        if not self.opened.is_set():
+            self.entered.set()
+            assert self.opened.wait(WAIT_S)
+
+    def wait_entered(self) -> None:
+        assert self.entered.wait(WAIT_S)
+
+
+def one_variant(
+    before: Callable[[Array], object] = lambda _: None, executors: int = 1, listeners: Sequence[Listener] = ()
+) -> World:
+    """A world whose model has nothing but fp32."""
+    return World({"fp32": FakeSession(before)}, [variant("fp32", 1.0, 1_000_000)], executors, listeners)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Let other threads get to a state that they must reach."""
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, "never happened"
+        threading.Event().wait(0.001)

@@ -13,7 +13,6 @@ import models
 import numpy as np
 import pytest
 from serving import UNLIMITED, WAIT_S, Serving, failure, request_for, serving
-from test_grpcio_tls import folder as certificates  # noqa: F401 - a fixture
 
 from protos import open_inference_pb2 as pb
 from protos import open_inference_pb2_grpc as pb_grpc
@@ -74,7 +73,7 @@ def test_a_stream_without_credentials_ends(tmp_path: Path) -> None:
         assert failure(lambda: next(calls)).code() is Code.UNAUTHENTICATED
 
 
-def test_a_client_ca_that_is_none_is_named(tmp_path: Path, certificates: Path) -> None:  # noqa: F811 - the fixture
+def test_a_client_ca_that_is_none_is_named(tmp_path: Path, certificates: Path) -> None:
     """A file without a certificate is refused at start by its flag, not as an address that cannot be bound."""
     models.add_ladder(tmp_path / "repository")
     (tmp_path / "not.pem").write_text("no certificate")
@@ -87,7 +86,7 @@ def test_a_client_ca_that_is_none_is_named(tmp_path: Path, certificates: Path) -
 
 
 @pytest.mark.parametrize("mutual", [False, True])
-def test_tls(tmp_path: Path, certificates: Path, mutual: bool) -> None:  # noqa: F811 - the fixture
+def test_tls(tmp_path: Path, certificates: Path, mutual: bool) -> None:
     """Over TLS an inference and the pages work; plaintext, and with mTLS a missing or foreign certificate, do not."""
     models.add_ladder(tmp_path)
     flags: dict[str, Any] = {"tls_cert": str(certificates / "server.pem"), "tls_key": str(certificates / "server.key")}

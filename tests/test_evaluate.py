@@ -1,4 +1,4 @@
-"""Scores, intervals, the gate and the data they are measured on, against values computed by hand or otherwise."""
+"""Scores, the gate and batch invariance, against values computed by hand or by another library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from onnx import TensorProto, helper
 from sklearn.metrics import f1_score, r2_score
 
 from variants import evaluate
-from variants.data import Samples, match_inputs, read_arrays, refuse_overlap, spread
 from variants.evaluate import (
     Comparison,
     against_itself,
@@ -28,7 +27,7 @@ from variants.evaluate import (
     r2,
     run_samples,
 )
-from variants.intervals import RESAMPLES, PairedDrop, Proportion, Undetected, Z, bootstrap, samples_needed
+from variants.intervals import PairedDrop, Proportion, Z
 from variants.model_config import GateConfig, RepositoryError
 from variants.runtimes.onnxruntime_runtime import OnnxRuntime
 from variants.variant import Gate, Interval, TensorSpec, Verdict
@@ -39,56 +38,6 @@ GATE = GateConfig(max_accuracy_drop=0.01, min_agreement=0.98)
 def one_hot(classes: list[int], count: int = 3) -> np.ndarray[Any, Any]:
     """Outputs whose largest entry is the given class."""
     return np.eye(count, dtype=np.float32)[classes]
-
-
-def test_wilson_matches_the_published_example() -> None:
-    """81 of 263 gives [0.2553, 0.3662], as in Newcombe, Stat. Med. 17, 1998, table I."""
-    found = Proportion(81, 263).interval()
-    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
-
-
-def test_perfection_is_not_certainty() -> None:
-    """10 of 10 has the lower bound n/(n+z²), and no discordant pair still leaves a drop of z²/(n+z²) possible."""
-    assert Proportion(10, 10).interval().low == pytest.approx(10 / (10 + Z * Z))
-    drop = PairedDrop(0, 0, 100).interval()
-    assert drop.high == pytest.approx(Z * Z / (100 + Z * Z), abs=1e-12)
-    assert drop.low == pytest.approx(-drop.high, abs=1e-12)
-
-
-def test_tango_is_the_score_test_inverted() -> None:
-    """At both bounds the score statistic, with the nuisance found by brute force, is 1.96."""
-    lost, won, n = 12, 2, 50
-    interval = PairedDrop(lost, won, n).interval()
-    for bound in (interval.low, interval.high):
-        rates = np.linspace(1e-9, (1 - abs(bound)) / 2 + 0.5, 2_000_001)  # the rate of `won` under drop = bound
-        rates = rates[(rates + bound > 0) & (2 * rates + bound < 1)]
-        likelihood = (
-            lost * np.log(rates + bound) + won * np.log(rates) + (n - lost - won) * np.log1p(-2 * rates - bound)
-        )
-        rate = rates[likelihood.argmax()]
-        statistic = (lost - won - n * bound) / math.sqrt(n * (2 * rate + bound * (1 - bound)))
-        assert abs(statistic) == pytest.approx(Z, abs=1e-4)
-
-
-def test_tango_is_symmetric() -> None:
-    """Exchanging variant and reference mirrors the interval."""
-    a, b = PairedDrop(7, 1, 90).interval(), PairedDrop(1, 7, 90).interval()
-    assert [a.low, a.high] == pytest.approx([-b.high, -b.low])
-
-
-def test_the_bootstrap_is_repeatable_and_about_right() -> None:
-    """Two runs agree exactly, and the mean's interval is that of the normal approximation within a few per cent."""
-    values = np.random.default_rng(1).normal(size=400)
-    first, second = (bootstrap(lambda counts: counts @ values / 400, 400).interval() for _ in range(2))
-    assert first == second
-    assert first.high - first.value == pytest.approx(Z * values.std() / 20, rel=0.1)
-
-
-def test_samples_needed_is_the_least_that_passes() -> None:
-    """Without a differing answer, 1 % of drop takes 381 samples: n >= z²·99."""
-    assert samples_needed(lambda scale: PairedDrop(0, 0, 100).interval(scale).high <= 0.01, 100) == 381
-    assert math.ceil(Z * Z * 99) == 381
-    assert samples_needed(lambda _scale: False, 100) is None
 
 
 def test_macro_f1_by_hand_and_by_scikit_learn() -> None:
@@ -240,77 +189,6 @@ def test_all_samples_are_run_once_in_order(batch: int) -> None:
     assert np.array_equal(run_samples(Doubler(), {"x": x}, batch)[0], x * 2)
 
 
-SPECS = (TensorSpec("x", "FP32", (2,)),)
-
-
-def matched(arrays: dict[str, np.ndarray[Any, Any]], target: str | None = "label") -> Samples:
-    """Arrays matched with a model that takes `x`, two floats."""
-    return match_inputs(Path("d.npz"), arrays, SPECS, target=target, other_targets=set())
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"x": np.ones((3, 2))}, "d.npz: array 'label' is missing; it holds x"),
-        ({"y": np.ones((3, 2)), "label": np.ones(3)}, "d.npz: array 'x' is missing"),
-        ({"x": np.ones((3, 2)), "z": np.ones(3), "label": np.ones(3)}, "array 'z' is no input of the model"),
-        ({"x": np.ones((3, 4)), "label": np.ones(3)}, r"samples of shape \[4\], the model takes \[2\]"),
-        ({"x": np.ones((3, 2), np.uint8), "label": np.ones(3)}, "array 'x' is uint8, the model takes float32"),
-    ],
-)
-def test_ill_fitting_arrays_are_named(arrays: dict[str, np.ndarray[Any, Any]], message: str) -> None:
-    """Missing, unknown, ill-shaped and ill-typed arrays are one clear line each."""
-    with pytest.raises(RepositoryError, match=message):
-        matched(arrays)
-
-
-def test_float64_data_is_narrowed() -> None:
-    """Numpy's default floats fit a float32 model."""
-    assert matched({"x": np.ones((3, 2)), "label": np.ones(3)}).inputs["x"].dtype == np.float32
-
-
-def test_integers_are_narrowed_only_without_loss() -> None:
-    """int64 data fit an int32 model unless a value would change."""
-    specs = (TensorSpec("x", "INT32", ()),)
-    good = match_inputs(Path("d"), {"x": np.array([1, 2])}, specs, target=None, other_targets=set())
-    assert good.inputs["x"].dtype == np.int32
-    with pytest.raises(RepositoryError, match="is int64, the model takes int32"):
-        match_inputs(Path("d"), {"x": np.array([1, 2**40])}, specs, target=None, other_targets=set())
-
-
-def test_data_files_hold_plain_equal_length_arrays(tmp_path: Path) -> None:
-    """Pickled objects, uneven lengths, single arrays and damaged files are refused with the file's name."""
-    np.savez(tmp_path / "objects.npz", x=np.array([{}, {}], dtype=object))
-    np.savez(tmp_path / "uneven.npz", x=np.ones(3), y=np.ones(4))
-    np.save(tmp_path / "single.npy", np.ones(3))
-    (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 nothing")
-    for name, message in (
-        ("objects.npz", "not a readable .npz of plain arrays"),
-        ("uneven.npz", "differ in length: {'x': 3, 'y': 4}"),
-        ("single.npy", "must be an .npz with named arrays"),
-        ("damaged.npz", "not a readable"),
-    ):
-        with pytest.raises(RepositoryError, match=f"{name}.*{message}"):
-            read_arrays(tmp_path / name)
-
-
-def test_overlap_is_refused_with_counts() -> None:
-    """Two of four evaluation samples that are also calibration samples are counted."""
-    evaluation = matched({"x": np.array([[1, 2], [3, 4], [5, 6], [7, 8.0]]), "label": np.zeros(4)})
-    other = matched({"x": np.array([[3, 4], [7, 8], [9, 9.0]])}, target=None)
-    with pytest.raises(RepositoryError, match="2 of 4 evaluation samples are also among the 3 calibration samples"):
-        refuse_overlap(evaluation, other, "calibration")
-    refuse_overlap(evaluation, other.take(slice(2, 3)), "calibration")
-
-
-def test_spread_takes_from_the_whole_set() -> None:
-    """A limited sample reaches from the first to the last, so a file sorted by class is not cut."""
-    samples = matched({"x": np.arange(200.0).reshape(100, 2), "label": np.arange(100)})
-    some = spread(samples, 5)
-    assert some.target is not None
-    assert some.target.tolist() == [0, 24, 49, 74, 99]
-
-
 @pytest.mark.parametrize("metric", ["top1", "macro_f1", "agreement"])
 def test_a_row_that_is_not_finite_is_never_right(metric: Any) -> None:
     """A NaN or infinite row counts neither as class 0, which is the truth here, nor as fp32's own such row."""
@@ -383,19 +261,6 @@ def test_balanced_macro_f1_is_bounded_like_top1(lost: int) -> None:
     assert by_class.high == pytest.approx(by_sample.high, rel=0.15)
 
 
-def test_what_no_error_hides_is_the_worst_group_of_classes() -> None:
-    """By hand: balanced classes as Tango's interval for all samples, one rare class by its share, many by theirs."""
-
-    def rate(n: float) -> float:
-        return Z * Z / (n + Z * Z)
-
-    assert Undetected((100,) * 10).interval().high == pytest.approx(PairedDrop(0, 0, 1000).interval().high)
-    assert Undetected((990, 10)).interval().high == pytest.approx(rate(10) / 2)
-    assert Undetected((995, 2, 2, 1)).interval().high == pytest.approx(rate(5) * 3 / 4)
-    assert Undetected((990, 10)).interval(100).high == pytest.approx(rate(1000) / 2)
-    assert Undetected((50,)).worth == pytest.approx(50)
-
-
 def test_a_class_number_beside_the_right_one_is_wrong() -> None:
     """Whole numbers have no distance: 500 answers that are off by one of 1000 agree nowhere."""
     reference = np.random.default_rng(0).integers(1, 1000, 500)
@@ -439,19 +304,6 @@ def test_a_sample_may_be_a_single_number(tmp_path: Path) -> None:
     session = OnnxRuntime().load(tmp_path / "g.onnx", precision="fp32", threads=1, device="cpu")
     inputs = {"x": np.ones((3, 4), np.float32), "s": np.array([1, 2, 3], np.float32)}
     assert run_samples(session, inputs, 0)[0][:, 0].tolist() == [1, 2, 3]
-
-
-def test_resamples_are_weighed_together() -> None:
-    """A statistic sees all resamples of 1000 samples at once, and every resample draws as many as there are."""
-    seen = []
-
-    def statistic(counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        seen.append(counts.shape)
-        assert (counts.sum(axis=1) == 1000).all()
-        return np.asarray(counts[:, 0])
-
-    bootstrap(statistic, 1000)
-    assert seen == [(RESAMPLES, 1000), (1, 1000)]
 
 
 @pytest.mark.parametrize("name", ["_r2_of", "_macro_f1_of"])

@@ -9,7 +9,6 @@ from pathlib import Path
 import models
 import numpy as np
 import pytest
-from loading_host import this_host
 
 from server.example import example_inputs
 from server.loading import Host, load_model
@@ -18,20 +17,6 @@ from variants.repository import ModelFolder, RepositoryError
 from variants.runtimes.onnx_signature import read_signature
 from variants.source import open_source
 from variants.variant import State
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Host:
-    """This machine without memory of earlier profiles."""
-    return this_host(tmp_path / "profiles")
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """An empty repository."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    return folder
 
 
 def test_profiles_are_remembered(repository: Path, host: Host, caplog: pytest.LogCaptureFixture) -> None:

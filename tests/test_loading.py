@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 from factory_fixtures import build_in_process
-from loading_host import this_host
 from serving import asking, request_for, serving
 
 from server import loading
@@ -22,20 +21,6 @@ from variants.hardware import Hardware
 from variants.repository import ModelFolder, RepositoryError, VersionFolder, file_sha256
 from variants.runtimes.onnxruntime_runtime import OnnxRuntime
 from variants.variant import State, Verdict
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Host:
-    """This machine without memory of earlier profiles, trusting nothing."""
-    return this_host(tmp_path / "profiles")
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """An empty repository."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    return folder
 
 
 def states(model: ServedModel) -> dict[str, State]:

@@ -1,9 +1,11 @@
 """Latency profiles: what is measured, how noise and budgets are handled, and what the cache remembers."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from variants.runtimes.runtime import Array, Session
 from variants.variant import LatencyProfile, TensorSpec
 
 MS = 1_000_000
+NOBODY = 65534
 
 
 class Clock:
@@ -245,13 +248,29 @@ def test_no_cache_is_no_failure(tmp_path: Path) -> None:
         assert cache.get(KEY) is None
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_no_failure(tmp_path: Path) -> None:
+@contextmanager
+def unprivileged(folder: Path) -> Iterator[None]:
+    """Give the folder to somebody who is not root and be that somebody: root may write everywhere."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.chown(folder, NOBODY, -1)
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def test_a_read_only_folder_is_no_failure() -> None:
     """A folder that may only be read still answers, and forgets silently."""
-    cache = ProfileCache(tmp_path)
-    cache.put(KEY, PROFILE)
-    tmp_path.chmod(0o500)
-    cache.put(replace(KEY, threads=2), PROFILE)
-    assert cache.get(KEY) == PROFILE
-    assert cache.get(replace(KEY, threads=2)) is None
-    tmp_path.chmod(0o700)
+    with TemporaryDirectory() as name, unprivileged(folder := Path(name)):
+        cache = ProfileCache(folder)
+        cache.put(KEY, PROFILE)
+        folder.chmod(0o500)
+        with pytest.raises(PermissionError):
+            (folder / "probe").touch()
+        cache.put(replace(KEY, threads=2), PROFILE)
+        assert cache.get(KEY) == PROFILE
+        assert cache.get(replace(KEY, threads=2)) is None
+        folder.chmod(0o700)
