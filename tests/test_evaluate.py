@@ -320,3 +320,12 @@ def test_a_weighed_resample_scores_like_its_copy(name: str) -> None:
         guess[counts.argmin()] = np.nan  # never drawn
     copied = plain(np.repeat(truth, counts, axis=0), np.repeat(guess, counts, axis=0))
     assert getattr(evaluate, name)(truth, guess)(counts[None].astype(float))[0] == pytest.approx(copied)
+
+
+def test_wide_outputs_are_weighed_in_parts() -> None:
+    """`r2` of an output that is wider than there are samples is the same in parts as by scikit-learn in one."""
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=(7, 50))
+    guess = truth + generator.normal(size=(7, 50)) / 3
+    expected = r2_score(truth, guess, multioutput="variance_weighted")
+    assert r2(truth, guess) == pytest.approx(expected)

@@ -171,3 +171,36 @@ def test_late_work_of_a_retired_model_comes_to_an_end() -> None:
     world.at(SECOND + MS, lambda: world.scheduler.retire_model(ModelKey("n", "1")))
     world.run(until_ns=2 * SECOND)
     assert all(number in world.ended for number in late)
+
+
+def test_the_late_work_of_a_retired_model_takes_no_more_than_its_turns() -> None:
+    """Thousands that starved for seconds do not shut the other model out when theirs is to go."""
+    world = World(model_of(name="m"), model_of(name="n"))
+    world.arrive(*[Arrival(at * MS, slo(100), "m") for at in range(6000)])
+    world.arrive(*[Arrival(SECOND, slo(0.5, None, LATE), "n")] * 3000)
+    world.at(5 * SECOND, lambda: world.scheduler.retire_model(ModelKey("n", "1")))
+    world.run(until_ns=6 * SECOND)
+    time = {"m": 0, "n": 0}
+    for batch in world.batches:
+        if batch.at_ns > 5 * SECOND:
+            time[batch.model] += batch.predicted_ns
+    assert time["m"] == pytest.approx(time["n"], rel=0.2)
+
+
+def test_a_newcomer_is_told_of_the_late_work_that_takes_turns() -> None:
+    """What is left of a retired model counts as the others' backlog; late work that only fills gaps does not."""
+    one, other = model_of(name="m"), model_of(name="n")
+    world = World(one, other)
+    world.arrive(Arrival(0, slo(500), "n"), *[Arrival(0, slo(0.5, None, LATE), "n")] * 100)
+    world.run(until_ns=0)
+    assert world.scheduler.load(one, 0).others_backlog_ns == 0
+    world.scheduler.retire_model(other.key)
+    assert world.scheduler.load(one, 0).others_backlog_ns == other.late_backlog_ns() > 0
+
+
+def test_a_model_that_nobody_asks_is_not_saturated_by_another() -> None:
+    """The autoscaling signal of a model without requests is 0, however busy the executors are: after a reload too."""
+    world = World(model_of(name="m"), model_of(name="n"))
+    world.arrive(Arrival(0, slo(500), "m"))
+    world.run(until_ns=0)
+    assert world.scheduler.saturation(ModelKey("n", "1"), 0) == 0.0

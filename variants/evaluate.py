@@ -222,8 +222,9 @@ def r2(truth: Array, guess: Array) -> float:
 
 
 def _r2_of(truth: Array, guess: Array) -> Statistic:
-    """`r2` of resamples, as sums over samples: no resample is ever copied out."""
+    """`r2` of resamples, as sums over samples: no resample is copied out, and no product is wider than the counts."""
     centred = truth - truth.mean(axis=0)
+    columns = np.array_split(centred, -(-centred.shape[1] // len(truth)) or 1, axis=1)
     squares = np.sum(centred**2, axis=1)
     with np.errstate(invalid="ignore", over="ignore"):
         errors = np.sum((truth - guess) ** 2, axis=1)
@@ -231,7 +232,7 @@ def _r2_of(truth: Array, guess: Array) -> Statistic:
 
     def values(counts: Floats) -> Floats:
         around_zero = counts @ squares
-        spread = around_zero - np.sum((counts @ centred) ** 2, axis=1) / len(truth)
+        spread = around_zero - sum(np.sum((counts @ part) ** 2, axis=1) for part in columns) / len(truth)
         varies = spread > 1e-12 * around_zero  # less is what rounding leaves of nothing
         return np.where(varies, np.maximum(0.0, 1 - counts @ errors / np.where(varies, spread, 1.0)), 0.0)
 

@@ -74,7 +74,9 @@ class Scheduler:
 
     def retire_model(self, key: ModelKey) -> None:
         """Nothing more will arrive for a model: so that it can go, its late work takes turns with everybody's work."""
-        self.models[key].retired = True
+        model = self.models[key]
+        model.retired = True
+        model.served_ns = max(model.served_ns, self._served_ns)  # having had to wait earns no credit
 
     def remove_model(self, key: ModelKey) -> None:
         """Let go of a model of which nothing waits."""
@@ -209,13 +211,19 @@ class Scheduler:
     def saturation(self, key: ModelKey, now_ns: int) -> float:
         """0 when idle, 1 when the waiting work takes all the time that requests typically allow."""
         model = self.models[key]
+        if not model.waiting and not model.typical_budget_ns:
+            return 0.0  # nobody has asked it for anything
         busy_ns = sum(max(0, free - now_ns) for free in self._free_ns) + model.backlog_ns() + model.late_backlog_ns()
         allowed_ns = max(model.typical_budget_ns, 1.0) * len(self._free_ns)
         return min(1.0, busy_ns / allowed_ns)
 
     def load(self, model: ModelQueue, now_ns: int) -> Load:
         """What a newcomer of this model finds."""
-        others = sum(other.backlog_ns() for other in self.models.values() if other is not model)
+        others = sum(
+            other.backlog_ns() + (other.late_backlog_ns() if other.retired else 0)
+            for other in self.models.values()
+            if other is not model
+        )
         return Load(now_ns, self._free_ns, others, self._late_room(model))
 
     def _run(self, executor: int, model: ModelQueue, choice: Choice, now_ns: int) -> Run:
