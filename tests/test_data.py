@@ -64,6 +64,6 @@ def test_bfloat16_inputs_can_be_given(tmp_path: Path) -> None:
 def test_an_overlap_is_found_in_bfloat16_too() -> None:
     """Samples are compared by their bytes, whatever their type."""
     ones = Samples({"x": np.ones((3, 2), ml_dtypes.bfloat16)})
-    refuse_overlap(ones, Samples({"x": np.zeros((3, 2), ml_dtypes.bfloat16)}), "calibration")
+    refuse_overlap("evaluation", ones, "calibration", Samples({"x": np.zeros((3, 2), ml_dtypes.bfloat16)}))
     with pytest.raises(RepositoryError, match="3 of 3 evaluation samples"):
-        refuse_overlap(ones, ones, "calibration")
+        refuse_overlap("evaluation", ones, "calibration", ones)

@@ -71,8 +71,8 @@ def test_overlap_is_refused_with_counts() -> None:
     evaluation = matched({"x": np.array([[1, 2], [3, 4], [5, 6], [7, 8.0]]), "label": np.zeros(4)})
     other = matched({"x": np.array([[3, 4], [7, 8], [9, 9.0]])}, target=None)
     with pytest.raises(RepositoryError, match="2 of 4 evaluation samples are also among the 3 calibration samples"):
-        refuse_overlap(evaluation, other, "calibration")
-    refuse_overlap(evaluation, other.take(slice(2, 3)), "calibration")
+        refuse_overlap("evaluation", evaluation, "calibration", other)
+    refuse_overlap("evaluation", evaluation, "calibration", other.take(slice(2, 3)))
 
 
 def test_spread_takes_from_the_whole_set() -> None:

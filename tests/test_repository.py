@@ -16,7 +16,7 @@ from variants.variant import Card, Evidence, Gate, Interval, Verdict
 
 CARD_KEYS = (
     "variant", "recipe", "parameters", "artefact", "sha256", "parent", "requirements", "size_bytes",
-    "compressed_bytes", "weights", "flops", "runtimes", "gate", "artefacts", "schema_version",
+    "compressed_bytes", "weights", "flops", "runtimes", "gate", "artefacts", "findings", "schema_version",
 )  # fmt: skip
 
 

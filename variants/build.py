@@ -14,20 +14,22 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from variants.cost import cost_of
 from variants.data import DataSets, match_sets, read_files, spread, targets_of
 from variants.hardware import Hardware, detect_hardware, needs_reduced_range
-from variants.model_config import RepositoryError, nearest
+from variants.model_config import ModelConfig, RepositoryError, nearest
 from variants.plan import Planned, is_current, plan, tool_versions
 from variants.progress import Advance, Reporter
+from variants.recipes.chain import Made, run_chain
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
 from variants.repository import ManifestEntry, ModelFolder, VersionFolder, file_sha256, open_path
 from variants.runtimes import available_runtimes
 from variants.source import Source, importable, open_source
 from variants.summary import measure_speeds, sentences, sound_cards, table
+from variants.trial import Trial
 from variants.variant import REFERENCE, Card, Gate, Verdict
 from variants.verify import Verifier
 
@@ -123,8 +125,10 @@ class _Factory:
     data: DataSets
     verifier: Verifier
     work: Path
+    trial: Trial | None
     quick: bool
     reporter: Reporter
+    made: Made = field(default_factory=dict)
 
     def make(self, planned: Planned) -> bool:
         """Build, evaluate, gate and write one variant; returns False when its recipe crashed."""
@@ -160,7 +164,7 @@ class _Factory:
         """The card and files of a variant, and whether its recipe crashed; the reference must not fail."""
         try:
             advance("making", 0.0)
-            product = planned.recipe.make(self._ingredients(planned, advance), planned.parameters)
+            product = run_chain(planned.steps, self._ingredients(planned, advance), self.made)
             advance("evaluating", 0.9)
             return self._prove(planned, product), product.files, False
         except RecipeRejected as error:
@@ -183,6 +187,8 @@ class _Factory:
             training=self.data.training,
             hardware=self.hardware,
             work=work,
+            teacher=self.source.module,
+            trial=self.trial,
             quick=self.quick,
             progress=lambda share: advance("training", 0.9 * share),
         )
@@ -194,8 +200,8 @@ class _Factory:
         artefacts = {name: file_sha256(file) for name, file in product.files.items()}
         return Card(
             variant=planned.name,
-            recipe=planned.recipe_name,
-            parameters=planned.parameters.model_dump() | dict(product.facts),
+            recipe=planned.recipe,
+            parameters=planned.parameters | dict(product.facts),
             artefact=product.artefact,
             sha256=artefacts[product.artefact],
             parent=None if planned.name == REFERENCE else REFERENCE,
@@ -207,6 +213,7 @@ class _Factory:
             runtimes=runtimes,
             gate=gate,
             artefacts=artefacts,
+            findings=product.findings,
         )
 
     def _requirements(self, product: Product) -> dict[str, object]:
@@ -254,7 +261,16 @@ def _open_factory(
     _use_our_cores(source, hardware)
     config, runtimes = version.model.config, available_runtimes()
     verifier = Verifier(config, data.evaluation, source.graph, source.max_batch, runtimes, hardware)
-    return _Factory(version, hardware, source, data, verifier, work, quick, reporter)
+    trial = _trial(source, data, config, hardware)
+    return _Factory(version, hardware, source, data, verifier, work, trial, quick, reporter)
+
+
+def _trial(source: Source, data: DataSets, config: ModelConfig, hardware: Hardware) -> Trial | None:
+    """What candidates are tried with; None where no data is left for it."""
+    if data.tuning is None:
+        return None
+    evaluated = len(data.evaluation) if data.evaluation else 0
+    return Trial(source.graph, data.tuning, config, source.max_batch, evaluated, hardware.cores)
 
 
 def _use_our_cores(source: Source, hardware: Hardware) -> None:
@@ -273,8 +289,8 @@ def _rejected(planned: Planned, reason: str) -> Card:
     """The card of a variant that was not made."""
     return Card(
         variant=planned.name,
-        recipe=planned.recipe_name,
-        parameters=planned.parameters.model_dump(),
+        recipe=planned.recipe,
+        parameters=planned.parameters,
         artefact=None,
         sha256=None,
         parent=REFERENCE,

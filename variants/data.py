@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from variants.repository import RepositoryError, VersionFolder
 from variants.variant import TensorSpec
 
 Array = npt.NDArray[Any]
+
+_TUNING_STEP, _LEAST_TUNING, _MOST_TUNING = 8, 16, 512
 
 _BF16 = DATATYPES["BF16"].numpy
 _UNTYPED_BF16 = np.dtype("V2")
@@ -119,13 +121,13 @@ def _kind(dtype: np.dtype[Any]) -> str:
     return "f" if dtype == _BF16 else dtype.kind
 
 
-def refuse_overlap(evaluation: Samples, other: Samples, name: str) -> None:
+def refuse_overlap(held_out: str, kept: Samples, name: str, other: Samples) -> None:
     """Raise RepositoryError when identical samples are in both sets: accuracy would be measured on known answers."""
-    held_out, seen = _digests(evaluation), set(_digests(other))
-    shared = sum(digest in seen for digest in held_out)
+    seen = set(_digests(other))
+    shared = sum(digest in seen for digest in _digests(kept))
     if shared:
         raise RepositoryError(
-            f"{shared} of {len(evaluation)} evaluation samples are also among the {len(other)} {name} samples; "
+            f"{shared} of {len(kept)} {held_out} samples are also among the {len(other)} {name} samples; "
             "remove them from one of the two files"
         )
 
@@ -142,29 +144,54 @@ def _digests(samples: Samples) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class DataSets:
-    """The three sets of a version, each None where `model.yaml` names none."""
+    """The sets of a version, each None where `model.yaml` names none; no sample is in two of them."""
 
     evaluation: Samples | None = None
     calibration: Samples | None = None
     training: Samples | None = None
+    tuning: Samples | None = None
 
     @property
     def any(self) -> Samples | None:
         """Whichever set there is, for tracing and timing."""
         return next((s for s in (self.evaluation, self.calibration, self.training) if s is not None), None)
 
+    def with_tuning(self) -> DataSets:
+        """With a share of the training data set aside for tuning, else of the calibration data, where none is given."""
+        if self.tuning is not None:
+            return self
+        if self.training is not None:
+            tuning, training = _set_aside(self.training)
+            return replace(self, tuning=tuning, training=training)
+        if self.calibration is not None:
+            tuning, calibration = _set_aside(self.calibration)
+            return replace(self, tuning=tuning, calibration=calibration)
+        return self
+
+
+def _set_aside(samples: Samples) -> tuple[Samples | None, Samples]:
+    """Every `_TUNING_STEP`th sample at most, spread evenly, and the rest; None where there are too few to tell."""
+    count = min(len(samples) // _TUNING_STEP, _MOST_TUNING)
+    if count < _LEAST_TUNING:
+        return None, samples
+    chosen = np.zeros(len(samples), np.bool_)
+    chosen[np.linspace(0, len(samples) - 1, count).astype(np.intp)] = True
+    return samples.take(np.flatnonzero(chosen)), samples.take(np.flatnonzero(~chosen))
+
 
 def read_files(version: VersionFolder) -> dict[str, dict[str, Array]]:
     """The arrays of every configured file, by section of `model.yaml`; nothing is checked against the model yet."""
     config = version.model.config
-    sections = {"evaluation": config.evaluation, "calibration": config.calibration, "training": config.training}
+    sections = {name: getattr(config, name) for name in ("evaluation", "calibration", "training", "tuning")}
     return {name: read_arrays(version.resolve(section.data)) for name, section in sections.items() if section}
 
 
 def targets_of(version: VersionFolder) -> set[str]:
     """The arrays that are no inputs."""
     config = version.model.config
-    return {section.target for section in (config.evaluation, config.training) if section and section.target}
+    return {
+        section.target for section in (config.evaluation, config.training, config.tuning) if section and section.target
+    }
 
 
 def match_sets(
@@ -176,12 +203,14 @@ def match_sets(
     own = {
         "evaluation": config.evaluation.target if config.evaluation else None,
         "training": config.training.target if config.training else None,
+        "tuning": config.tuning.target if config.tuning else None,
     }
     sets = {
         name: match_inputs(paths[name], arrays, specs, target=own.get(name), other_targets=targets_of(version))
         for name, arrays in files.items()
     }
-    for name in ("calibration", "training"):
-        if name in sets and "evaluation" in sets:
-            refuse_overlap(sets["evaluation"], sets[name], name)
-    return DataSets(**sets)
+    for held_out, others in (("evaluation", ("calibration", "training", "tuning")), ("tuning", ("training",))):
+        for name in others:
+            if name in sets and held_out in sets:
+                refuse_overlap(held_out, sets[held_out], name, sets[name])
+    return DataSets(**sets).with_tuning()

@@ -7,7 +7,7 @@ Rules of this file: every section refuses unknown keys and names the nearest val
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +29,13 @@ DEFAULT_METRICS: dict[Task, Metric] = {
     "generic": "agreement",
 }
 
-RECIPE_OF_VARIANT = {"pruned": "prune-channels", "pruned-unstructured": "prune-unstructured"}
-"""Variant names whose recipe is called differently; every other variant is made by the recipe of its own name."""
+RECIPES_OF_VARIANT: dict[str, tuple[str, ...]] = {
+    "pruned": ("prune-channels",),
+    "pruned-unstructured": ("prune-unstructured",),
+    "pruned-int8": ("prune-channels", "int8-static"),
+    "distilled-int8": ("distilled", "int8-static"),
+}
+"""Variant names made by other recipes; every other variant is made by the recipe of its own name."""
 
 
 class RepositoryError(Exception):
@@ -97,6 +102,13 @@ class TrainingConfig(Section):
     learning_rate: float = Field(0.001, gt=0)
 
 
+class TuningConfig(Section):
+    """Data that recipes choose among candidates on; without it a share of the training or calibration data is used."""
+
+    data: str
+    target: str | None = None
+
+
 class GateConfig(Section):
     """What a variant must prove: both bounds are compared with 95 % confidence bounds, never with point values."""
 
@@ -119,13 +131,32 @@ class SloConfig(Section):
     on_infeasible: tuple[Literal["degrade", "late", "reject"], ...] | None = None
 
 
+class StepConfig(BaseModel):
+    """One step of a recipe chain: a recipe by its name, and parameters meant for it alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_entry(cls, entry: Any) -> Any:
+        if isinstance(entry, StepConfig):
+            return entry
+        values = {"recipe": entry} if isinstance(entry, str) else entry
+        if not isinstance(values, dict) or not isinstance(values.get("recipe"), str):
+            raise ValueError("a recipe is a name, a mapping with `recipe`, or a list of these")
+        return {"recipe": values["recipe"], "parameters": _without(values, "recipe")}
+
+
 class VariantConfig(BaseModel):
-    """One entry of `variants:`: a name, the recipe that makes it, and the recipe's own parameters."""
+    """One entry of `variants:`: a name, the recipes that make it one after the other, and their parameters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=f"^{NAME_PATTERN}$")
-    recipe: str
+    steps: tuple[StepConfig, ...] = Field(min_length=1)
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -136,9 +167,19 @@ class VariantConfig(BaseModel):
         values = {"name": entry} if isinstance(entry, str) else entry
         if not isinstance(values, dict) or not isinstance(values.get("name"), str):
             raise ValueError("a variant is a name, or a mapping with `name`")
-        name, recipe = values["name"], values.get("recipe")
-        parameters = {str(key): value for key, value in values.items() if key not in ("name", "recipe")}
-        return {"name": name, "recipe": recipe or RECIPE_OF_VARIANT.get(name, name), "parameters": parameters}
+        name = values["name"]
+        recipe = values.get("recipe", list(RECIPES_OF_VARIANT.get(name, (name,))))
+        steps = recipe if isinstance(recipe, list) else [recipe]
+        return {"name": name, "steps": steps, "parameters": _without(values, "name", "recipe")}
+
+    @property
+    def recipe(self) -> str:
+        """The recipes' names, as one."""
+        return " + ".join(step.recipe for step in self.steps)
+
+
+def _without(values: Mapping[Any, Any], *keys: str) -> dict[str, Any]:
+    return {str(key): value for key, value in values.items() if key not in keys}
 
 
 class ModelConfig(Section):
@@ -149,6 +190,7 @@ class ModelConfig(Section):
     evaluation: EvaluationConfig | None = None
     calibration: CalibrationConfig | None = None
     training: TrainingConfig | None = None
+    tuning: TuningConfig | None = None
     gate: GateConfig = GateConfig()
     variants: tuple[VariantConfig, ...] | None = None
     batching: BatchingConfig = BatchingConfig()

@@ -21,15 +21,13 @@ from pydantic import ValidationError
 
 from variants.hardware import Hardware, needs_reduced_range, possible_precision
 from variants.model_config import (
-    RECIPE_OF_VARIANT,
     RepositoryError,
-    Section,
     VariantConfig,
     nearest,
     one_line,
 )
 from variants.recipes import RECIPES
-from variants.recipes.recipe import Recipe
+from variants.recipes.chain import Step
 from variants.repository import VersionFolder, file_sha256
 from variants.variant import REFERENCE
 
@@ -47,6 +45,7 @@ _FACTORY = (
     "evaluate.py",
     "intervals.py",
     "source.py",
+    "trial.py",
     "verify.py",
     "recipes",
     "runtimes",
@@ -58,10 +57,21 @@ class Planned:
     """A variant to build; `fingerprint` covers everything that decides what comes out."""
 
     name: str
-    recipe_name: str
-    recipe: Recipe
-    parameters: Section
+    steps: tuple[Step, ...]
     fingerprint: str
+
+    @property
+    def recipe(self) -> str:
+        """The recipes' names, as one."""
+        return " + ".join(step.name for step in self.steps)
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """What was asked for, as the card has it: by step where there are several."""
+        asked: dict[str, dict[str, object]] = {
+            step.name: step.parameters.model_dump(mode="json") for step in self.steps
+        }
+        return dict(asked) if len(self.steps) > 1 else asked[self.steps[0].name]
 
 
 def plan(version: VersionFolder, hardware: Hardware, *, quick: bool) -> list[Planned]:
@@ -69,14 +79,14 @@ def plan(version: VersionFolder, hardware: Hardware, *, quick: bool) -> list[Pla
     common = {"inputs": _inputs(version), "tools": tool_versions(), "factory": _factory_sha256(), "quick": quick}
     planned = []
     for entry in _entries(version):
-        recipe, parameters = _checked(version, entry)
-        facts = common | {"recipe": entry.recipe, "parameters": parameters.model_dump()}
-        if entry.recipe == "amp":
+        steps = _checked(version, entry)
+        facts = common | {"steps": [step.facts() for step in steps]}
+        if any(step.name == "amp" for step in steps):
             facts["amp"] = [possible_precision(hardware, device).precision for device in ("cpu", "cuda")]
-        if entry.recipe.startswith("int8"):
+        if any(step.name.startswith("int8") for step in steps):
             facts["reduced_range"] = needs_reduced_range(hardware)
         fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        planned.append(Planned(entry.name, entry.recipe, recipe, parameters, fingerprint))
+        planned.append(Planned(entry.name, steps, fingerprint))
     return planned
 
 
@@ -112,28 +122,41 @@ def _entries(version: VersionFolder) -> list[VariantConfig]:
     entries = version.model.config.variants
     if entries is None:
         defaults = DEFAULT_ONNX_VARIANTS if version.source.onnx else DEFAULT_VARIANTS
-        entries = tuple(VariantConfig(name=name, recipe=RECIPE_OF_VARIANT.get(name, name)) for name in defaults)
-    reference = VariantConfig(name=REFERENCE, recipe=REFERENCE)
+        entries = tuple(VariantConfig.model_validate(name) for name in defaults)
+    reference = VariantConfig.model_validate(REFERENCE)
     own = [entry for entry in entries if entry.name == REFERENCE]
     return [*(own or [reference]), *(entry for entry in entries if entry.name != REFERENCE)]
 
 
-def _checked(version: VersionFolder, entry: VariantConfig) -> tuple[Recipe, Section]:
-    """The recipe of an entry and its parameters. Raises RepositoryError that names the nearest valid one."""
+def _checked(version: VersionFolder, entry: VariantConfig) -> tuple[Step, ...]:
+    """The recipes of an entry with their parameters. Raises RepositoryError that names the nearest valid one.
+
+    A parameter of the entry goes to every step that knows it; one that no step knows is a mistake.
+    """
     where = f"{version.model.path / 'model.yaml'}: variants: {entry.name}"
-    recipe = RECIPES.get(entry.recipe)
-    if recipe is None:
-        raise RepositoryError(f"{where}: unknown recipe {entry.recipe!r}; {nearest(entry.recipe, RECIPES)}")
-    try:
-        return recipe, recipe.parameters.model_validate(entry.parameters)
-    except ValidationError as error:
-        raise RepositoryError(one_line(error, where)) from error
+    for step in entry.steps:
+        if step.recipe not in RECIPES:
+            raise RepositoryError(f"{where}: unknown recipe {step.recipe!r}; {nearest(step.recipe, RECIPES)}")
+    recipes = [RECIPES[step.recipe] for step in entry.steps]
+    known = {name for recipe in recipes for name in recipe.parameters.model_fields}
+    for name in entry.parameters:
+        if name not in known:
+            raise RepositoryError(f"{where}: unknown key {name!r}; {nearest(name, known)}")
+    steps = []
+    for step, recipe in zip(entry.steps, recipes, strict=True):
+        shared = {name: value for name, value in entry.parameters.items() if name in recipe.parameters.model_fields}
+        try:
+            parameters = recipe.parameters.model_validate(shared | step.parameters)
+        except ValidationError as error:
+            raise RepositoryError(one_line(error, where)) from error
+        steps.append(Step(step.recipe, recipe, parameters))
+    return tuple(steps)
 
 
 def _inputs(version: VersionFolder) -> dict[str, object]:
     """Everything a person gave: configuration and the content of every file it names."""
     config = version.model.config
-    sections = (config.evaluation, config.calibration, config.training)
+    sections = (config.evaluation, config.calibration, config.training, config.tuning)
     files = [section.data for section in sections if section is not None]
     files += [file for file in (version.source.onnx, version.source.weights) if file is not None]
     said = config.model_dump(mode="json", exclude={"variants": True, "slo": True, "batching": {"max_queue_delay_ms"}})

@@ -85,7 +85,8 @@ class Card:
     """What is proven about a variant. `artefact` is relative to the variant's folder; None when nothing was built.
 
     `artefacts` maps each file the variant may be served from to its sha256; `requirements` says what a host needs,
-    e.g. ``{"precision": "bf16"}``; `flops` counts two per multiply-accumulate, for one sample.
+    e.g. ``{"precision": "bf16"}``; `flops` counts two per multiply-accumulate, for one sample. `findings` is what its
+    recipe learnt on the way (scans, candidates tried, losses), for the report.
     """
 
     variant: str
@@ -102,6 +103,7 @@ class Card:
     runtimes: Mapping[str, Evidence]
     gate: Gate
     artefacts: Mapping[str, str] = field(default_factory=dict)
+    findings: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from variants.recipes.dynamic import QuantizeDynamic, quantize_dynamic
 from variants.recipes.precision import make_amp, make_fp32
 from variants.recipes.prune import PruneChannels, PruneUnstructured, prune_channels, prune_unstructured
-from variants.recipes.quantize import QuantizeDynamic, QuantizeStatic, quantize_dynamic, quantize_static
 from variants.recipes.recipe import Recipe
+from variants.recipes.static import QuantizeStatic, quantize_static
 
 RECIPES = MappingProxyType(
     {

@@ -1,8 +1,7 @@
-"""int8: weights as signed bytes per output column, activations as unsigned bytes (U8S8).
+"""int8-dynamic: constant weights in signed bytes per column, activations in unsigned bytes scaled at run time.
 
-Rules of this file: signed activations are never used (on x86 their kernels are up to five times slower); weights
-are scaled per column or channel, because one scale per tensor destroys real models; convolutions are never quantised
-dynamically (their integer kernels are slower than fp32). Intermediate files stay in the recipe's own folder.
+Rules of this file: every row of activations has its own scale, so that batch-mates change no answer; convolutions are
+never quantised dynamically (their integer kernels are slower than fp32). Files stay in the recipe's folder.
 """
 
 from __future__ import annotations
@@ -14,47 +13,19 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from pydantic import Field
 
-from variants.data import Samples, spread
-from variants.hardware import needs_reduced_range
-from variants.model_config import Section, nearest
 from variants.recipes.graph import at_least_opset, finished, folded
+from variants.recipes.int8 import MATRIX_OPERATORS, Int8
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
 from variants.runtimes.onnx_signature import nested_graphs
 from variants.source import without_library_noise
 
 _RECURRENT = ("LSTM",)
-_MATRIX_OPERATORS = ("MatMul", "Gemm")
-_IMAGE_OPERATORS = (
-    "Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Relu", "Clip",
-)  # fmt: skip
-_TRANSFORMER_SIGNS = {
-    "Softmax",
-    "LayerNormalization",
-    "SimplifiedLayerNormalization",
-    "Attention",
-    "MultiHeadAttention",
-}
 _LEAST_OPSET = 18  # ReduceMax takes its axes as an input from here on
-_LEAST_STATIC_OPSET = 13  # DequantizeLinear takes a scale per channel from here on
 
 
-class QuantizeDynamic(Section):
-    """`reduce_range` keeps weights to 7 bits; unsaid, it follows `needs_reduced_range`."""
-
-    reduce_range: bool | None = None
-
-
-class QuantizeStatic(Section):
-    """`reduce_range` as for the dynamic recipe; `exclude` names nodes that stay in floating point."""
-
-    reduce_range: bool | None = None
-    exclude: list[str] = Field(default_factory=list)
-
-
-def _reduces_range(ingredients: Ingredients, asked: bool | None) -> bool:
-    return needs_reduced_range(ingredients.hardware) if asked is None else asked
+class QuantizeDynamic(Int8):
+    """Nothing beyond the range of the weights."""
 
 
 def quantize_dynamic(ingredients: Ingredients, parameters: QuantizeDynamic) -> Product:
@@ -63,7 +34,7 @@ def quantize_dynamic(ingredients: Ingredients, parameters: QuantizeDynamic) -> P
     A scale per row, unlike ONNX Runtime's one per tensor, keeps a sample's answer the same to the bit whoever shares
     its batch. LSTM layers use ONNX Runtime's operator, which has one scale per tensor: the card says so.
     """
-    reduce_range = _reduces_range(ingredients, parameters.reduce_range)
+    reduce_range = parameters.reduces_range(ingredients.hardware)
     graph, recurrent = _quantise_recurrent(ingredients, reduce_range=reduce_range)
     model = at_least_opset(onnx.load(graph), _LEAST_OPSET)
     products = _rewrite_products(model.graph, 63 if reduce_range else 127)
@@ -107,7 +78,7 @@ def _drop_unused_weights(graph: onnx.GraphProto) -> None:
 
 def _fits(node: onnx.NodeProto, constants: dict[str, Any]) -> bool:
     """Whether the node is a plain product of activations [..., k] with a constant float matrix."""
-    if node.op_type not in _MATRIX_OPERATORS or node.input[1] not in constants or node.input[0] in constants:
+    if node.op_type not in MATRIX_OPERATORS or node.input[1] not in constants or node.input[0] in constants:
         return False
     weight = constants[node.input[1]]
     is_float_matrix = len(weight.dims) == 2 and weight.data_type == onnx.TensorProto.FLOAT
@@ -177,75 +148,3 @@ def _quantise_recurrent(ingredients: Ingredients, *, reduce_range: bool) -> tupl
         )
     layers = sum(node.op_type == "DynamicQuantizeLSTM" for node in onnx.load(target).graph.node)
     return (target, layers) if layers else (graph, 0)
-
-
-def quantize_static(ingredients: Ingredients, parameters: QuantizeStatic) -> Product:
-    """Quantise weights and activations with ranges observed on calibration data (min and max), as QDQ.
-
-    Activation scales are constants, so a batch changes no answer. A transformer's sums, norms and softmax stay in
-    floating point: quantising them collapses real models.
-    """
-    calibration = ingredients.calibration
-    if calibration is None:
-        raise RecipeRejected("static quantisation needs calibration data; add `calibration:` to model.yaml")
-    reduce_range = _reduces_range(ingredients, parameters.reduce_range)
-    prepared = folded(ingredients.source.graph, ingredients.work, least_opset=_LEAST_STATIC_OPSET)
-    nodes = onnx.load(prepared).graph.node
-    operators, names = {node.op_type for node in nodes}, {node.name for node in nodes}
-    for unknown in sorted(set(parameters.exclude) - names):
-        raise RecipeRejected(f"exclude: there is no node {unknown!r}; {nearest(unknown, names)}")
-    is_transformer = bool(operators & _TRANSFORMER_SIGNS)
-    quantised = ingredients.work / "quantised.onnx"
-    most = min(ingredients.config.calibration.samples if ingredients.config.calibration else 256, len(calibration))
-    batches = _CalibrationBatches(spread(calibration, min(most, 64) if ingredients.quick else most), ingredients)
-    with without_library_noise():
-        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
-        from onnxruntime.quantization import quantize_static as ort_quantize_static
-
-        ort_quantize_static(
-            prepared,
-            quantised,
-            batches,
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(_MATRIX_OPERATORS if is_transformer else _IMAGE_OPERATORS),
-            per_channel=True,
-            reduce_range=reduce_range,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=parameters.exclude,
-            calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"MatMulConstBOnly": is_transformer},
-        )
-    model = onnx.load(quantised)
-    target = finished(ingredients, model, "int8-static.onnx")
-    layers = _quantised_layers(model.graph)
-    if layers == 0:
-        raise RecipeRejected(f"nothing to quantise statically among {', '.join(sorted(operators))}")
-    facts = {"quantised_layers": layers, "calibration_samples": batches.samples, "reduce_range": reduce_range}
-    return Product({"model.onnx": target}, precision="int8", facts=facts)
-
-
-def _quantised_layers(graph: onnx.GraphProto) -> int:
-    """How many weight-carrying operators read a dequantised weight."""
-    dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    carriers = ("Conv", *_MATRIX_OPERATORS)
-    return sum(node.op_type in carriers and node.input[1] in dequantised for node in graph.node)
-
-
-class _CalibrationBatches:
-    """The calibration samples as the quantiser reads them: batch by batch, as the model takes them."""
-
-    def __init__(self, samples: Samples, ingredients: Ingredients) -> None:
-        self.samples = len(samples)
-        self._iterator = self._batches(samples, min(ingredients.source.max_batch, 32))
-
-    @staticmethod
-    def _batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Any]]:
-        step = max(1, batch_size)
-        for at in range(0, len(samples), step):
-            rows = samples.inputs.items()
-            yield {name: array[at : at + step] if batch_size else array[at, ...] for name, array in rows}
-
-    def get_next(self) -> dict[str, Any] | None:
-        """The next batch, None after the last."""
-        return next(self._iterator, None)

@@ -1,0 +1,70 @@
+"""What a build measured on its host, beside what it proved: speed, memory and the cost of each layer.
+
+Rules of this file: these numbers belong to the host that is named with them; they are for people and for the report,
+never for a server, which measures for itself. Durations are integer nanoseconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from variants.durable import write_durably
+from variants.model_config import RepositoryError, one_line
+from variants.variant import LatencyProfile
+
+FILE = "measurements.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """One operator of a graph: how long it takes per run, in nanoseconds."""
+
+    name: str
+    operator: str
+    time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One variant on one runtime, on one thread; `layers` at the batch size of the first latency, dearest first.
+
+    `peak_memory_bytes` is what a process of its own holds at the largest batch beyond what it held before loading;
+    None where that was not measured.
+    """
+
+    profile: LatencyProfile
+    peak_memory_bytes: int | None = None
+    layers: tuple[LayerTime, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """All that one build measured, by variant and runtime, on the host whose CPU and fingerprint are given."""
+
+    cpu: str
+    host: str
+    variants: Mapping[str, Mapping[str, Measured]] = field(default_factory=dict)
+
+
+_ADAPTER = TypeAdapter(Measurements)
+
+
+def read_measurements(version: Path) -> Measurements | None:
+    """What the last build of a version measured, None where none did. Raises RepositoryError."""
+    path = version / FILE
+    try:
+        return _ADAPTER.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise RepositoryError(one_line(error, str(path))) from error
+
+
+def write_measurements(version: Path, measurements: Measurements) -> None:
+    """Replace what an earlier build measured."""
+    write_durably(version / FILE, (json.dumps(asdict(measurements), indent=1) + "\n").encode())

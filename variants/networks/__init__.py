@@ -1,0 +1,1 @@
+"""Small networks built for speed, small enough to read: students for distillation."""

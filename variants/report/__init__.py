@@ -1,0 +1,1 @@
+"""`gearshift report`: one self-contained page with pictures of what a build proved and measured."""
