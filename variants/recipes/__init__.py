@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from variants.recipes.channels import PruneChannels, prune_channels
 from variants.recipes.dynamic import QuantizeDynamic, quantize_dynamic
 from variants.recipes.precision import make_amp, make_fp32
-from variants.recipes.prune import PruneChannels, PruneUnstructured, prune_channels, prune_unstructured
 from variants.recipes.recipe import Recipe
 from variants.recipes.static import QuantizeStatic, quantize_static
+from variants.recipes.unstructured import PruneUnstructured, prune_unstructured
 
 RECIPES = MappingProxyType(
     {

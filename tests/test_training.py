@@ -13,7 +13,7 @@ from recipe_fixtures import ingredients
 
 from variants.data import Samples
 from variants.model_config import ModelConfig
-from variants.recipes.finetune import finetune
+from variants.recipes.training import finetune
 from variants.runtimes.onnx_signature import read_signature
 from variants.source import Source, export_graph
 

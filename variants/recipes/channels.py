@@ -1,8 +1,7 @@
-"""Pruning: whole channels, which makes a model really smaller and faster, or single weights, which does not.
+"""prune-channels: whole channels go, which makes a model really smaller and faster.
 
 Rules of this file: the layers that produce the outputs keep their width; a pruned module is run, exported and compared
-before anyone sees it; what cannot be pruned soundly is rejected with the reason. Unstructured zeros save nothing in
-dense kernels: their card speaks of sparsity and compressed size only.
+before anyone sees it; what cannot be pruned soundly is rejected with the reason.
 """
 
 from __future__ import annotations
@@ -11,15 +10,11 @@ import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import onnx
-from onnx import numpy_helper
 from pydantic import Field
 
 from variants.model_config import Section
-from variants.recipes.finetune import finetune
-from variants.recipes.graph import finished, folded
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
+from variants.recipes.training import finetune
 from variants.repository import RepositoryError
 from variants.source import example_tensors, export_graph, without_library_noise
 
@@ -27,7 +22,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_WEIGHTED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Matmul")
 
 
@@ -36,12 +30,6 @@ class PruneChannels(Section):
 
     sparsity: float = Field(0.5, gt=0, lt=1)
     recover: Literal["finetune", "none"] = "finetune"
-
-
-class PruneUnstructured(Section):
-    """`sparsity` is the share of all weights, the smallest ones, that become zero."""
-
-    sparsity: float = Field(0.5, gt=0, lt=1)
 
 
 def prune_channels(ingredients: Ingredients, parameters: PruneChannels) -> Product:
@@ -71,7 +59,7 @@ def prune_channels(ingredients: Ingredients, parameters: PruneChannels) -> Produ
         export_graph(module.eval(), ingredients.example.inputs, target, batched=source.max_batch > 0)
     except RepositoryError as error:
         raise RecipeRejected(f"the pruned module cannot be exported: {error}") from error
-    return Product({"model.onnx": target}, facts=facts)
+    return Product({"model.onnx": target}, facts=facts, module=module)
 
 
 def _count(module: nn.Module) -> int:
@@ -148,26 +136,3 @@ def _leads_to_weight(node: Any) -> bool:
             return False
         node = children[0]
     return False
-
-
-def prune_unstructured(ingredients: Ingredients, parameters: PruneUnstructured) -> Product:
-    """Set the weights that are smallest over the whole model to zero. The artefact keeps its size and speed."""
-    model = onnx.load(folded(ingredients.source.graph, ingredients.work))
-    named = {tensor.name: tensor for tensor in model.graph.initializer}
-    names = {
-        node.input[1] for node in model.graph.node if node.op_type in _WEIGHTED_OPERATORS and node.input[1] in named
-    }
-    weights = {name: numpy_helper.to_array(named[name]) for name in sorted(names) if len(named[name].dims) > 1}
-    if not weights:
-        raise RecipeRejected("no constant weights to prune")
-    magnitudes = np.concatenate([np.abs(weight).reshape(-1) for weight in weights.values()])
-    rank = int(parameters.sparsity * len(magnitudes))
-    threshold = np.partition(magnitudes, rank)[rank]
-    zeros = 0
-    for name, weight in weights.items():
-        kept = np.where(np.abs(weight) < threshold, np.zeros_like(weight), weight)
-        zeros += int(np.sum(kept == 0))
-        named[name].CopyFrom(numpy_helper.from_array(kept, name))
-    target = finished(ingredients, model, "pruned-unstructured.onnx")
-    facts = {"zero_share": round(zeros / len(magnitudes), 4), "faster_or_smaller_file": False}
-    return Product({"model.onnx": target}, facts=facts)
