@@ -132,6 +132,24 @@ def test_only_what_changed_is_built_again(onnx_digits: Path) -> None:
     ModelFolder(onnx_digits).newest().artefact("pruned-unstructured", "model.onnx")
 
 
+def test_a_new_gate_judges_what_is_there(onnx_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another gate changes the verdicts; no recipe runs, and every artefact stays to the byte."""
+    assert run(onnx_digits)[0] == 0
+    before = cards(onnx_digits)
+    yaml = onnx_digits / "model.yaml"
+    yaml.write_text(yaml.read_text().replace("max_accuracy_drop: 0.03", "max_accuracy_drop: 0.0"))
+
+    def must_not_run(*_: object) -> Product:
+        raise AssertionError("a recipe ran")
+
+    monkeypatch.setattr("variants.build.run_chain", must_not_run)
+    assert run(onnx_digits)[0] == 0
+    after = cards(onnx_digits)
+    assert {name: card.sha256 for name, card in after.items()} == {name: card.sha256 for name, card in before.items()}
+    assert before["int8-dynamic"].gate.verdict is Verdict.PASSED
+    assert after["int8-dynamic"].gate.verdict is not Verdict.PASSED
+
+
 def test_new_evaluation_data_is_new_evidence(onnx_digits: Path) -> None:
     """Fewer evaluation samples mean new cards, wider intervals, and a gate that may no longer be provable."""
     run(onnx_digits)

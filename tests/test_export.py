@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
@@ -39,6 +40,43 @@ def test_several_inputs_and_outputs_keep_their_names(tmp_path: Path) -> None:
     assert [(spec.name, spec.datatype) for spec in signature.inputs] == [("ids", "INT64"), ("x", "FP32")]
     assert [spec.name for spec in signature.outputs] == ["embedding", "linear"]
     assert signature.batch_axis
+
+
+class Mean(torch.nn.Module):
+    """Steps [batch, length, 3] with a mask [batch, length] -> their weighted mean through a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        weighted = self.linear(x) * mask[..., None]
+        return weighted.sum(1) / mask.sum(1, keepdim=True)
+
+
+def test_declared_axes_vary_beside_the_batch(tmp_path: Path) -> None:
+    """A graph exported at length 6 answers like its module at lengths 6, 4 and 9."""
+    module, generator = Mean().eval(), np.random.default_rng(0)
+
+    def inputs(length: int) -> dict[str, Array]:
+        x, mask = generator.normal(size=(9, length, 3)), np.ones((9, length))
+        return {"x": x.astype(np.float32), "mask": mask.astype(np.float32)}
+
+    axes = {"x": {1: "length"}, "mask": {1: "length"}}
+    export_graph(module, inputs(6), tmp_path / "g.onnx", batched=True, axes=axes)
+    assert [spec.shape for spec in read_signature(tmp_path / "g.onnx").inputs] == [(-1, -1, 3), (-1, -1)]
+    session = onnxruntime.InferenceSession(tmp_path / "g.onnx", providers=["CPUExecutionProvider"])
+    for length in (6, 4, 9):
+        x = inputs(length)
+        want = module(*(torch.from_numpy(array) for array in x.values())).detach().numpy()
+        assert np.allclose(session.run(None, x)[0], want, atol=1e-5)
+
+
+def test_axes_of_an_unknown_input_are_named(tmp_path: Path) -> None:
+    """A mistyped input among the dynamic axes is an error that names the nearest one."""
+    example = {"x": np.ones((9, 6, 3), np.float32), "mask": np.ones((9, 6), np.float32)}
+    with pytest.raises(RepositoryError, match="dynamic_axes: 'masks' is no input; did you mean 'mask'"):
+        export_graph(Mean().eval(), example, tmp_path / "g.onnx", batched=True, axes={"masks": {1: "length"}})
 
 
 def test_data_must_be_named_as_the_modules_inputs(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_stranger_in_the_current_folder_does_not_count(tmp_path: Path, monkeyp
 
 def test_the_code_that_runs_variants_counts() -> None:
     """Evidence is what a runtime answered, so a change of the runtimes' code is a change."""
-    assert "runtimes/onnxruntime_runtime.py" in variants.plan._factory_sha256()
+    assert "runtimes/onnxruntime_runtime.py" in variants.plan._hashes_of(variants.plan._JUDGING)
 
 
 def test_what_only_serving_reads_rebuilds_nothing(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from variants.cost import cost_of
 from variants.data import DataSets, match_sets, read_files, spread, targets_of
 from variants.hardware import Hardware, detect_hardware, needs_reduced_range
 from variants.model_config import ModelConfig, RepositoryError, nearest
-from variants.plan import Planned, is_current, plan, tool_versions
+from variants.plan import Planned, is_current, kept_product, plan, tool_versions
 from variants.progress import Advance, Reporter
 from variants.recipes.chain import Made, run_chain
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
@@ -105,9 +105,10 @@ def _build_model(model: ModelFolder, only: list[str] | None, *, force: bool, qui
         _vouch_for_data(version)
         reporter.line(f"{label}: nothing changed, all {len(chosen)} variants are up to date")
         return 0
-    keeps_reference = not force and is_current(version, chosen[0])
+    keeps_reference = not force and kept_product(version, chosen[0]) is not None
     with importable(model.path), tempfile.TemporaryDirectory(prefix="gearshift-build-") as folder:
-        factory = _open_factory(version, hardware, Path(folder), keeps_reference, quick=quick, reporter=reporter)
+        opened = _open_factory(version, hardware, Path(folder), keeps_reference, quick=quick, reporter=reporter)
+        factory = replace(opened, force=force)
         _vouch_for_data(version)  # first, so that an interrupt leaves a manifest that is whole
         due = (variant for variant in chosen if force or not is_current(version, variant))
         done = [factory.make(variant) for variant in due]  # asked one by one: a new reference leaves its children stale
@@ -128,6 +129,7 @@ class _Factory:
     trial: Trial | None
     quick: bool
     reporter: Reporter
+    force: bool = False
     made: Made = field(default_factory=dict)
 
     def make(self, planned: Planned) -> bool:
@@ -137,6 +139,7 @@ class _Factory:
             card, files, crashed = self._attempt(planned, advance)
             entry = ManifestEntry(
                 fingerprint="" if crashed else planned.fingerprint,
+                made="" if crashed else planned.made,
                 parent_sha256=file_sha256(self._parent(card)),
                 evaluation_sha256=self._evaluation_sha256(),
             )
@@ -164,7 +167,8 @@ class _Factory:
         """The card and files of a variant, and whether its recipe crashed; the reference must not fail."""
         try:
             advance("making", 0.0)
-            product = run_chain(planned.steps, self._ingredients(planned, advance), self.made)
+            kept = None if self.force else kept_product(self.version, planned)
+            product = kept or run_chain(planned.steps, self._ingredients(planned, advance), self.made)
             advance("evaluating", 0.9)
             return self._prove(planned, product), product.files, False
         except RecipeRejected as error:
@@ -218,7 +222,9 @@ class _Factory:
 
     def _requirements(self, product: Product) -> dict[str, object]:
         """What a host needs: 8-bit weights were proven here only if sums of their products do not saturate here."""
-        is_wide = product.facts.get("reduce_range") is False and not needs_reduced_range(self.hardware)
+        by_step = [product.facts, *(facts for facts in product.facts.values() if isinstance(facts, dict))]
+        is_wide = any(facts.get("reduce_range") is False for facts in by_step)
+        is_wide &= not needs_reduced_range(self.hardware)
         return {"precision": product.precision} | ({"exact_int8_sums": True} if is_wide else {})
 
     def summarise(self) -> None:

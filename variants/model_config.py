@@ -65,16 +65,29 @@ class Section(BaseModel):
 
 
 class SourceConfig(Section):
-    """What the variants are made from: an ONNX file, or a torch module with its weights."""
+    """What the variants are made from: an ONNX file, or a torch module with its weights.
+
+    `dynamic_axes` names the dimensions of a module's inputs that vary beside the batch: `{tokens: {1: length}}`. Equal
+    names are equal sizes.
+    """
 
     onnx: str | None = None
     module: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     weights: str | None = None
+    dynamic_axes: dict[str, dict[int, str]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_form(self) -> SourceConfig:
         if (self.onnx is None) == (self.module is None) or (self.module is None) != (self.weights is None):
             raise ValueError("give either `onnx`, or `module` together with `weights`")
+        if self.dynamic_axes and self.module is None:
+            raise ValueError("dynamic_axes are for a `module`; an ONNX file says itself which dimensions vary")
+        for name, axes in self.dynamic_axes.items():
+            if wrong := [axis for axis, symbol in axes.items() if axis < 1 or not symbol.isidentifier()]:
+                raise ValueError(
+                    f"dynamic_axes: {name}: {wrong[0]} must be a dimension after the batch, 1 or more, "
+                    "with a name such as `length`"
+                )
         return self
 
 
@@ -156,7 +169,7 @@ class VariantConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=f"^{NAME_PATTERN}$")
-    steps: tuple[StepConfig, ...] = Field(min_length=1)
+    steps: tuple[StepConfig, ...] = Field(min_length=1, validation_alias="recipe")
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -170,7 +183,13 @@ class VariantConfig(BaseModel):
         name = values["name"]
         recipe = values.get("recipe", list(RECIPES_OF_VARIANT.get(name, (name,))))
         steps = recipe if isinstance(recipe, list) else [recipe]
-        return {"name": name, "steps": steps, "parameters": _without(values, "name", "recipe")}
+        return {"name": name, "recipe": steps, "parameters": _without(values, "name", "recipe")}
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a person would write in `variants:` for this."""
+        steps = [{"recipe": step.recipe, **step.parameters} for step in self.steps]
+        return {"name": self.name, "recipe": steps, **self.parameters}
 
     @property
     def recipe(self) -> str:
@@ -183,7 +202,7 @@ def _without(values: Mapping[Any, Any], *keys: str) -> dict[str, Any]:
 
 
 class ModelConfig(Section):
-    """All of `model.yaml`. `variants` is None when the file leaves the choice to `build`."""
+    """All of `model.yaml`. `variants` is None when the file names none; `auto` stands for ``variants: auto``."""
 
     source: SourceConfig | None = None
     task: Task = "generic"
@@ -193,8 +212,18 @@ class ModelConfig(Section):
     tuning: TuningConfig | None = None
     gate: GateConfig = GateConfig()
     variants: tuple[VariantConfig, ...] | None = None
+    auto: bool = False
     batching: BatchingConfig = BatchingConfig()
     slo: SloConfig = SloConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if "auto" in values:
+            raise ValueError("unknown key 'auto'; say `variants: auto`")
+        return _without(values, "variants") | {"auto": True} if values.get("variants") == "auto" else values
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

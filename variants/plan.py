@@ -10,12 +10,13 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -28,6 +29,7 @@ from variants.model_config import (
 )
 from variants.recipes import RECIPES
 from variants.recipes.chain import Step
+from variants.recipes.recipe import Product
 from variants.repository import VersionFolder, file_sha256
 from variants.variant import REFERENCE
 
@@ -38,26 +40,17 @@ _TOOLS = (
     "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino",
     "safetensors", "torch", "torch-pruning",
 )  # fmt: skip
-_FACTORY = (
-    "build.py",
-    "cost.py",
-    "data.py",
-    "evaluate.py",
-    "intervals.py",
-    "source.py",
-    "trial.py",
-    "verify.py",
-    "recipes",
-    "runtimes",
-)
+_MAKING = ("data.py", "networks", "recipes", "source.py", "trial.py")
+_JUDGING = (*_MAKING, "build.py", "cost.py", "evaluate.py", "fidelity.py", "intervals.py", "runtimes", "verify.py")
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A variant to build; `fingerprint` covers everything that decides what comes out."""
+    """A variant to build; `made` covers everything that decides its artefact, `fingerprint` its card too."""
 
     name: str
     steps: tuple[Step, ...]
+    made: str
     fingerprint: str
 
     @property
@@ -76,18 +69,25 @@ class Planned:
 
 def plan(version: VersionFolder, hardware: Hardware, *, quick: bool) -> list[Planned]:
     """The variants of a version, the reference first. Raises RepositoryError for an unknown recipe or parameter."""
-    common = {"inputs": _inputs(version), "tools": tool_versions(), "factory": _factory_sha256(), "quick": quick}
+    making = {"inputs": _making(version), "tools": tool_versions(), "factory": _hashes_of(_MAKING), "quick": quick}
+    judging = {"inputs": _judging(version), "factory": _hashes_of(_JUDGING)}
     planned = []
     for entry in _entries(version):
         steps = _checked(version, entry)
-        facts = common | {"steps": [step.facts() for step in steps]}
+        facts = making | {"steps": [step.facts() for step in steps]}
+        if any(step.recipe.chooses for step in steps):
+            facts["gate"] = judging["inputs"]
         if any(step.name == "amp" for step in steps):
             facts["amp"] = [possible_precision(hardware, device).precision for device in ("cpu", "cuda")]
         if any(step.name.startswith("int8") for step in steps):
             facts["reduced_range"] = needs_reduced_range(hardware)
-        fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        planned.append(Planned(entry.name, steps, fingerprint))
+        made = _digest(facts)
+        planned.append(Planned(entry.name, steps, made, _digest(judging | {"made": made})))
     return planned
+
+
+def _digest(facts: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def is_current(version: VersionFolder, planned: Planned) -> bool:
@@ -104,6 +104,23 @@ def is_current(version: VersionFolder, planned: Planned) -> bool:
     except RepositoryError:  # damaged: build it again
         return False
     return True
+
+
+def kept_product(version: VersionFolder, planned: Planned) -> Product | None:
+    """What an earlier build made of the same things and parent, to be judged anew; None if it must be made."""
+    try:
+        entry = version.manifest().variants.get(planned.name)
+        card = version.stored_card(planned.name) if entry and entry.made == planned.made else None
+        if entry is None or card is None or card.artefact is None:
+            return None
+        if card.parent is not None and entry.parent_sha256 != version.stored_card(card.parent).sha256:
+            return None
+        names = [card.artefact, *(name for name in card.artefacts if name != card.artefact)]
+        files = {name: version.artefact(planned.name, name) for name in names}
+    except RepositoryError:  # damaged: make it again
+        return None
+    precision = str(card.requirements.get("precision", REFERENCE))
+    return Product(files, precision=precision, facts=card.parameters, findings=card.findings)
 
 
 def tool_versions() -> dict[str, str]:
@@ -153,15 +170,30 @@ def _checked(version: VersionFolder, entry: VariantConfig) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _inputs(version: VersionFolder) -> dict[str, object]:
-    """Everything a person gave: configuration and the content of every file it names."""
+_NOT_MADE_FROM: dict[str, Any] = {
+    "variants": True,
+    "slo": True,
+    "gate": True,
+    "evaluation": True,
+    "batching": {"max_queue_delay_ms"},
+}
+
+
+def _making(version: VersionFolder) -> dict[str, object]:
+    """What a person gave to make variants from: configuration and the content of every file it names."""
     config = version.model.config
-    sections = (config.evaluation, config.calibration, config.training, config.tuning)
-    files = [section.data for section in sections if section is not None]
+    files = [section.data for section in (config.calibration, config.training, config.tuning) if section is not None]
     files += [file for file in (version.source.onnx, version.source.weights) if file is not None]
-    said = config.model_dump(mode="json", exclude={"variants": True, "slo": True, "batching": {"max_queue_delay_ms"}})
-    said |= {"source": version.source.model_dump()}
+    said = config.model_dump(mode="json", exclude=_NOT_MADE_FROM)
+    said |= {"source": version.source.model_dump(mode="json"), "metric": config.metric}
     return {"said": said, "files": {file: file_sha256(version.resolve(file)) for file in files}, "code": _code(version)}
+
+
+def _judging(version: VersionFolder) -> dict[str, object]:
+    """What a person gave to judge variants by: the gate, and the evaluation data."""
+    config = version.model.config
+    said = config.model_dump(mode="json", include={"gate", "evaluation"})
+    return said | {"data": file_sha256(version.resolve(config.evaluation.data)) if config.evaluation else None}
 
 
 def _code(version: VersionFolder) -> dict[str, dict[str, str]]:
@@ -183,10 +215,10 @@ def _code(version: VersionFolder) -> dict[str, dict[str, str]]:
     return code
 
 
-def _factory_sha256() -> dict[str, str]:
-    """The content of the code that makes and judges variants: a changed recipe makes changed variants."""
+def _hashes_of(names: Iterable[str]) -> dict[str, str]:
+    """The content of our own code that makes or judges variants: a changed recipe makes changed variants."""
     here = Path(__file__).parent
-    paths = [here / name for name in _FACTORY]
+    paths = [here / name for name in names]
     return _hashes(here, (file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])))
 
 

@@ -52,14 +52,15 @@ class _CardFile(BaseModel):
 class ManifestEntry(BaseModel):
     """What the manifest knows of one variant: what it was made from.
 
-    `fingerprint` covers everything that decides the result; empty means "build again". `parent_sha256` is the
-    parent's artefact (or, for the reference, the source), `evaluation_sha256` a digest of the data it was measured on
-    and of target, metric and task: a variant whose reference has another is stale.
+    `fingerprint` covers everything that decides artefact and card, `made` what decides the artefact alone; empty means
+    "again". `parent_sha256` is the parent's artefact (or, for the reference, the source), `evaluation_sha256` a digest
+    of the data it was measured on and of target, metric and task: a variant whose reference has another is stale.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     fingerprint: str = ""
+    made: str = ""
     parent_sha256: str | None = None
     evaluation_sha256: str | None = None
 
@@ -241,16 +242,17 @@ class VersionFolder:
 
         Raises RepositoryError for a card, or a parent's, that was changed or cannot be understood.
         """
-        card, entries = self._card(name), self.manifest().variants
+        card, entries = self.stored_card(name), self.manifest().variants
         if card.parent is None:
             return card
         if card.parent not in entries:
             return None
         own, parent = entries[name], entries[card.parent]
-        is_current = own.parent_sha256 == self._card(card.parent).sha256
+        is_current = own.parent_sha256 == self.stored_card(card.parent).sha256
         return card if is_current and own.evaluation_sha256 == parent.evaluation_sha256 else None
 
-    def _card(self, name: str) -> Card:
+    def stored_card(self, name: str) -> Card:
+        """One verified card, stale or not. Raises RepositoryError if it was changed or cannot be understood."""
         path = self.verify(f"variants/{name}/card.json")
         try:
             values = _CardFile.model_validate_json(path.read_bytes())

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from variants.data import Array
+from variants.model_config import nearest
 from variants.repository import RepositoryError, VersionFolder
 from variants.runtimes.onnx_signature import Signature, read_signature
 from variants.runtimes.runtime import RuntimeUnavailable
@@ -38,6 +39,9 @@ CHECKED_BATCHES = (1, 3, 9)
 EXPORT_TOLERANCE = 1e-4
 """How far an exported graph may be from its module, relative to the largest answer (or 1)."""
 
+
+Axes = Mapping[str, Mapping[int, str]]
+"""Input name -> dimension -> the name of its size."""
 
 _NOISY_LOGGERS = ("", "torch.onnx", "onnxscript", "onnx_ir", "nncf")
 
@@ -65,12 +69,16 @@ def without_library_noise() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The reference graph, and the torch module where there is one. `max_batch` is 0 without a batch dimension."""
+    """The reference graph, and the torch module where there is one. `max_batch` is 0 without a batch dimension.
+
+    `axes` are the module's dimensions that vary beside the batch: their names by input and position.
+    """
 
     graph: Path
     signature: Signature
     max_batch: int
     module: nn.Module | None = None
+    axes: Axes = field(default_factory=dict)
 
     @property
     def sample_specs(self) -> tuple[TensorSpec, ...]:
@@ -96,11 +104,11 @@ def open_source(version: VersionFolder, example: Mapping[str, Array] | None, wor
         raise RepositoryError(f"{version.path}: `source` needs `module` and `weights`")
     module = load_module(config.module, version.resolve(config.weights))
     graph, max_batch = work / "reference.onnx", version.model.config.batching.max_batch_size
-    export_graph(module, example, graph, batched=max_batch > 0)
+    export_graph(module, example, graph, batched=max_batch > 0, axes=config.dynamic_axes)
     signature = _signature(graph)
     if max_batch and not signature.batch_axis:
         raise _without_batch(config.module, signature)
-    return Source(graph, signature, max_batch, module)
+    return Source(graph, signature, max_batch, module, config.dynamic_axes)
 
 
 def _open_onnx(graph: Path, max_batch: int) -> Source:
@@ -222,12 +230,22 @@ def example_tensors(module: nn.Module, example: Mapping[str, Array], count: int,
     return tensors
 
 
-def batch_shapes(names: Sequence[str], *, batched: bool) -> dict[str, Any] | None:
-    """`dynamic_shapes` for torch.export: dimension 0 of every input is one shared batch."""
+def dynamic_shapes(names: Sequence[str], *, batched: bool, axes: Axes) -> dict[str, Any] | None:
+    """`dynamic_shapes` for torch.export: dimension 0 of every input is one shared batch, and `axes` vary too.
+
+    Raises RepositoryError for axes of an input that is none.
+    """
     import torch
 
-    batch = torch.export.Dim("batch", min=1)
-    return {name: {0: batch} for name in names} if batched else None
+    for unknown in sorted(set(axes) - set(names)):
+        raise RepositoryError(f"source.dynamic_axes: {unknown!r} is no input; {nearest(unknown, names)}")
+    if not batched and not axes:
+        return None
+    symbols = {symbol for each in axes.values() for symbol in each.values()}
+    dims = {symbol: torch.export.Dim(symbol, min=1) for symbol in symbols}
+    batch = {0: torch.export.Dim("batch", min=1)} if batched else {}
+    shift = 0 if batched else -1  # a model without a batch dimension has what the data have after the first
+    return {name: batch | {axis + shift: dims[s] for axis, s in axes.get(name, {}).items()} for name in names}
 
 
 def output_names(answer: Any) -> list[str]:
@@ -238,7 +256,9 @@ def output_names(answer: Any) -> list[str]:
     return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
 
 
-def export_graph(module: nn.Module, example: Mapping[str, Array], graph: Path, *, batched: bool) -> None:
+def export_graph(
+    module: nn.Module, example: Mapping[str, Array], graph: Path, *, batched: bool, axes: Axes | None = None
+) -> None:
     """Write a module as one ONNX file with a variable batch, and prove that it answers like the module.
 
     Traced with a batch of 2, because torch.export takes a batch of 1 for a constant. Raises RepositoryError.
@@ -254,7 +274,7 @@ def export_graph(module: nn.Module, example: Mapping[str, Array], graph: Path, *
                 module,
                 tuple(tensors.values()),
                 input_names=list(tensors),
-                dynamic_shapes=batch_shapes(list(tensors), batched=batched),
+                dynamic_shapes=dynamic_shapes(list(tensors), batched=batched, axes=axes or {}),
                 dynamo=True,
                 verbose=False,
             )
@@ -263,10 +283,23 @@ def export_graph(module: nn.Module, example: Mapping[str, Array], graph: Path, *
         _name_outputs(program.model.graph, names)
         _forget_origin(program.model)
         program.save(graph, external_data=False)
+    except RepositoryError:
+        raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RepositoryError(f"{type(module).__name__} cannot be exported to ONNX: {first}") from error
-    _check_export(module, example, graph, batched=batched)
+    for each in (example, _halved(example, axes or {})):
+        _check_export(module, each, graph, batched=batched)
+
+
+def _halved(example: Mapping[str, Array], axes: Axes) -> Mapping[str, Array]:
+    """The example with half the length along each dynamic axis; the same where there is none."""
+
+    def part(array: Array, varying: Mapping[int, str]) -> Array:
+        keep = [slice(max(1, size // 2) if axis in varying else size) for axis, size in enumerate(array.shape)]
+        return array[tuple(keep)]
+
+    return {name: part(array, axes.get(name, {})) for name, array in example.items()}
 
 
 def _name_outputs(graph: Any, names: Sequence[str]) -> None:

@@ -60,7 +60,7 @@ class Trial:
         if answers.shape != self._reference.shape:
             raise ValueError(f"its answers have shape {answers.shape}, the reference's {self._reference.shape}")
         found = compare(answers, self._reference, self.samples.target, self.config.metric, self.config.task)
-        scale = max(1.0, self.evaluation_samples / len(self.samples))
+        scale = self.evaluation_samples / len(self.samples) or 1.0
         drop, agreement = found.drop.interval(scale), found.agreement.interval(scale)
         verdict = judge(drop, agreement, found.worth * scale, self.config.gate)
         return Tried(drop, agreement, damage(answers, self._reference), verdict is Verdict.PASSED)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from variants.recipes.recipe import Ingredients, NoParameters, Product, RecipeRejected
 from variants.runtimes.onnxruntime_runtime import can_use_cuda
 from variants.runtimes.torch_runtime import save_archive
-from variants.source import batch_shapes, example_tensors, without_library_noise
+from variants.source import dynamic_shapes, example_tensors, without_library_noise
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ def _archive(ingredients: Ingredients, precision: str) -> Path:
     tensors = example_tensors(source.module, data.inputs, 2, batched=batched)
     narrow = _narrowed(source.module, torch.bfloat16 if precision == "bf16" else torch.float16)
     with without_library_noise(), torch.no_grad():
-        shapes = batch_shapes(list(tensors), batched=batched)
+        shapes = dynamic_shapes(list(tensors), batched=batched, axes=source.axes)
         program = torch.export.export(narrow, tuple(tensors.values()), dynamic_shapes=shapes)
         names = [spec.name for spec in source.signature.outputs]
         save_archive(program, ingredients.work / "model.pt2", names)

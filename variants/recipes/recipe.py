@@ -70,7 +70,8 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe by its name: how it is made, and which parameters it takes."""
+    """How something is made, and which parameters it takes; `chooses` if the gate decides what comes out."""
 
     make: Callable[[Ingredients, Any], Product]
     parameters: type[Section] = NoParameters
+    chooses: bool = False
