@@ -96,6 +96,7 @@ def build_in_process(root: Path, arguments: str = "") -> Built:
     """Run `build(root, arguments)` as a user's process would, so that stray warnings and logs are seen."""
     script = (
         "import sys; from pathlib import Path; from variants.build import build\n"
+        "from variants.factory import Options\n"
         f"sys.exit(build(Path({str(root)!r}), {arguments}))"
     )
     top = Path(__file__).parents[1]

@@ -20,6 +20,7 @@ from rich.console import Console
 
 import variants.plan
 from variants.build import build
+from variants.factory import Options
 from variants.progress import Reporter
 from variants.recipes import RECIPES
 from variants.recipes.recipe import Ingredients, Product, Recipe
@@ -142,7 +143,7 @@ def test_a_new_gate_judges_what_is_there(onnx_digits: Path, monkeypatch: pytest.
     def must_not_run(*_: object) -> Product:
         raise AssertionError("a recipe ran")
 
-    monkeypatch.setattr("variants.build.run_chain", must_not_run)
+    monkeypatch.setattr("variants.factory.run_chain", must_not_run)
     assert run(onnx_digits)[0] == 0
     after = cards(onnx_digits)
     assert {name: card.sha256 for name, card in after.items()} == {name: card.sha256 for name, card in before.items()}
@@ -261,7 +262,7 @@ def test_a_damaged_neighbour_is_named_and_harms_nothing(onnx_digits: Path, file:
     assert run(onnx_digits)[0] == 0
     damaged = onnx_digits / "1/variants/pruned-unstructured" / file
     damaged.write_bytes(damaged.read_bytes() + b" ")
-    code, out, err = run(onnx_digits, only=["int8-dynamic"], force=True)
+    code, out, err = run(onnx_digits, only=["int8-dynamic"], options=Options(force=True))
     assert (code, err) == (0, "")
     assert "plain version 1" in out
     assert "pruned-unstructured takes no traffic until it is built again, for it is damaged: " in out
@@ -275,7 +276,7 @@ def test_only_and_force_choose_what_is_built(onnx_digits: Path) -> None:
     before = stamps(onnx_digits)
     assert run(onnx_digits, only=["int8-dynamic"])[0] == 0
     assert stamps(onnx_digits) == before
-    assert run(onnx_digits, only=["int8-dynamic"], force=True)[0] == 0
+    assert run(onnx_digits, only=["int8-dynamic"], options=Options(force=True))[0] == 0
     assert all(after != before[file] for file, after in stamps(onnx_digits).items())
     code, _, err = run(onnx_digits, only=["int8-dinamic"])
     assert code == 2
@@ -397,7 +398,7 @@ def test_the_manifest_vouches_for_all_that_a_server_loads(built_digits: Built) -
 @pytest.mark.slow
 def test_quick_takes_fewer_samples_and_epochs(digits: Path) -> None:
     """`quick` measures 256 samples and fine-tunes for one epoch."""
-    done = build_in_process(digits, "quick=True, only=['pruned']")
+    done = build_in_process(digits, "options=Options(quick=True), only=['pruned']")
     assert done.code == 0
     found = cards(digits / "digits")["pruned"]
     assert found.runtimes["onnxruntime"].samples == 256

@@ -17,16 +17,19 @@ from pydantic import TypeAdapter, ValidationError
 from variants.durable import write_durably
 from variants.hardware import Hardware, possible_precision
 from variants.model_config import RepositoryError, VariantConfig, one_line
-from variants.variant import REFERENCE, Card, LatencyProfile, Verdict
+from variants.variant import REFERENCE, Card, Verdict
 
 FILE = "auto.json"
 DEFAULT_BUDGET_MINUTES = 30.0
+OUT_OF_BUDGET = "the budget was used up"
 
 _PRODUCTS = {"MatMul", "Gemm"}
 _RECURRENT = {"LSTM", "GRU"}
 _NORMS = {"LayerNormalization", "Softmax", "Attention", "SimplifiedLayerNormalization"}
 _NOISE = 1.03
-"""A latency within 3 % of another is not slower: that much a busy host does to a measurement."""
+"""A speed within 3 % of another is not slower: that much a busy host does to a measurement."""
+
+SpeedUps = Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +133,11 @@ def _passed(name: str, done: Done) -> bool:
     return name in done and done[name].gate.verdict is Verdict.PASSED
 
 
-def fallen(cards: Done, profiles: Mapping[str, LatencyProfile]) -> dict[str, str]:
+def fallen(cards: Done, speeds: Mapping[str, SpeedUps]) -> dict[str, str]:
     """Why each variant is not worth keeping; those on the Pareto front are not mentioned.
 
     A variant is dominated by one whose proven drop is no larger and that is no slower at any measured batch size.
+    `speeds` are the speed-ups over fp32 by batch size, of the variants that can run here.
     """
     reasons = {}
     for name, card in cards.items():
@@ -141,13 +145,13 @@ def fallen(cards: Done, profiles: Mapping[str, LatencyProfile]) -> dict[str, str
             continue
         if card.gate.verdict is not Verdict.PASSED:
             reasons[name] = f"{card.gate.verdict}: {card.gate.reason}"
-        elif name not in profiles:
-            reasons[name] = "no runtime here can run it fast"
+        elif name not in speeds:
+            reasons[name] = "passed, but no runtime here can run it fast"
     standing = {name: card for name, card in cards.items() if name not in reasons}
-    order = sorted(standing, key=lambda name: (_drop(standing[name]), min(profiles[name].latencies_ns)))
+    order = sorted(standing, key=lambda name: (_drop(standing[name]), -max(speeds[name].values())))
     front: list[str] = []
     for name in order:
-        better = next((other for other in front if _no_slower(profiles[other], profiles[name])), None)
+        better = next((other for other in front if _no_slower(speeds[other], speeds[name])), None)
         if better is None or name == REFERENCE:
             front.append(name)
         else:
@@ -161,8 +165,8 @@ def _drop(card: Card) -> float:
     return 0.0 if card.variant == REFERENCE else min(proof.accuracy_drop.high for proof in card.runtimes.values())
 
 
-def _no_slower(one: LatencyProfile, other: LatencyProfile) -> bool:
-    return all(a <= b * _NOISE for a, b in zip(one.latencies_ns, other.latencies_ns, strict=True))
+def _no_slower(one: SpeedUps, other: SpeedUps) -> bool:
+    return all(one[batch] * _NOISE >= ratio for batch, ratio in other.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +176,15 @@ class Attempt:
     entry: Mapping[str, Any]
     kept: bool
     reason: str
+    card: Card | None = None
+    crashed: bool = False
     fingerprint: str = ""
     seconds: float = 0.0
-    card: Card | None = None
+
+    @property
+    def name(self) -> str:
+        """The variant's name."""
+        return str(self.entry["name"])
 
 
 @dataclass(frozen=True, slots=True)

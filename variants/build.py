@@ -1,57 +1,41 @@
 """`gearshift build`: recipe -> evaluate -> gate -> card, for every variant of a model.
 
 Rules of this file: one variant's failure never stops the others; a variant appears whole or not at all; what is
-unchanged is left alone. Exit codes are the contract's: 0 built or honestly rejected, 1 a recipe crashed, 2 a bad
-repository or configuration, 130 interrupted.
+unchanged is left alone. `variants: auto` goes the same way with a plan of its own (see `auto.py`). Exit codes are the
+contract's: 0 built or honestly rejected, 1 a recipe crashed, 2 a bad repository or configuration, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
-from variants.cost import cost_of
-from variants.data import DataSets, match_sets, read_files, spread, targets_of
-from variants.hardware import Hardware, detect_hardware, needs_reduced_range
-from variants.model_config import ModelConfig, RepositoryError, nearest
-from variants.plan import Planned, is_current, kept_product, plan, tool_versions
-from variants.progress import Advance, Reporter
-from variants.recipes.chain import Made, run_chain
-from variants.recipes.recipe import Ingredients, Product, RecipeRejected
-from variants.repository import ManifestEntry, ModelFolder, VersionFolder, file_sha256, open_path
-from variants.runtimes import available_runtimes
-from variants.source import Source, importable, open_source
-from variants.summary import measure_speeds, sentences, sound_cards, table
-from variants.trial import Trial
-from variants.variant import REFERENCE, Card, Gate, Verdict
-from variants.verify import Verifier
-
-QUICK_EVALUATION_SAMPLES = 256
-_EXAMPLES = 9
-"""How many samples are enough to trace a module and to compare its export at every checked batch size."""
+from variants import auto
+from variants.auto import Attempt, Candidate, Record
+from variants.factory import Factory, Options, in_a_line, open_factory
+from variants.hardware import Hardware, detect_hardware
+from variants.model_config import RepositoryError, VariantConfig, nearest
+from variants.plan import Planned, is_current, plan, tool_versions
+from variants.progress import Reporter
+from variants.repository import ModelFolder, VersionFolder, file_sha256, open_path
+from variants.source import importable
+from variants.variant import REFERENCE, Card
 
 
 def build(
-    path: Path,
-    *,
-    only: list[str] | None = None,
-    force: bool = False,
-    quick: bool = False,
-    reporter: Reporter | None = None,
+    path: Path, *, only: list[str] | None = None, options: Options | None = None, reporter: Reporter | None = None
 ) -> int:
     """Build the variants of a model's newest version, or of every model of a repository; returns the exit code.
 
-    `only` limits the work to the named variants (the reference is always kept up to date), `force` builds what is
-    current too, `quick` takes fewer samples and epochs.
+    `only` limits the work to the named variants; the reference is always kept up to date.
     """
-    reporter = reporter or Reporter()
+    reporter, options = reporter or Reporter(), options or Options()
     try:
         models = open_path(path)
     except RepositoryError as error:
@@ -62,12 +46,12 @@ def build(
         for model in models:
             try:
                 with _alone(model):
-                    codes.append(_build_model(model, only, force=force, quick=quick, reporter=reporter))
+                    codes.append(_build_model(model, only, options, reporter))
             except RepositoryError as error:
                 reporter.error(str(error))
                 codes.append(2)
             except Exception as error:  # a full disk, or a reference that cannot be made: the others get their turn
-                reporter.error(f"{model.path}: {type(error).__name__}: {_in_a_line(error)}")
+                reporter.error(f"{model.path}: {type(error).__name__}: {in_a_line(error)}")
                 codes.append(1)
     except KeyboardInterrupt:
         reporter.error("interrupted; finished variants are kept, nothing is half written")
@@ -88,154 +72,118 @@ def _alone(model: ModelFolder) -> Iterator[None]:
         os.close(folder)
 
 
-def _build_model(model: ModelFolder, only: list[str] | None, *, force: bool, quick: bool, reporter: Reporter) -> int:
+def _build_model(model: ModelFolder, only: list[str] | None, options: Options, reporter: Reporter) -> int:
     """Build one model; returns 0, or 1 when a recipe crashed. Raises RepositoryError."""
-    label, version, hardware = model.name, model.newest(), detect_hardware()
+    version, hardware = model.newest(), detect_hardware()
     version.recover()
-    planned = plan(version, hardware, quick=quick)
+    if model.config.auto:
+        if only is not None:
+            raise RepositoryError(
+                f"{model.path}: --variants chooses among configured ones, and `variants: auto` has none"
+            )
+        return _build_auto(version, hardware, options, reporter)
+    (version.path / auto.FILE).unlink(missing_ok=True)  # what an earlier `variants: auto` did is history
+    planned = plan(version, hardware, quick=options.quick)
     names = [variant.name for variant in planned]
     for wanted in only or ():
         if wanted not in names:
             raise RepositoryError(f"{model.path}: no variant {wanted!r} is configured; {nearest(wanted, names)}")
-    for gone in sorted(set(version.manifest().variants) - set(names)):
-        version.remove_variant(gone)
-        reporter.line(f"{label} {gone}: removed, because it is no longer configured")
+    _remove_others(version, names, reporter)
     chosen = [variant for variant in planned if only is None or variant.name in (*only, REFERENCE)]
-    if not force and all(is_current(version, variant) for variant in chosen):
+    if not options.force and all(is_current(version, variant) for variant in chosen):
         _vouch_for_data(version)
-        reporter.line(f"{label}: nothing changed, all {len(chosen)} variants are up to date")
+        reporter.line(f"{model.name}: nothing changed, all {len(chosen)} variants are up to date")
         return 0
-    keeps_reference = not force and kept_product(version, chosen[0]) is not None
-    with importable(model.path), tempfile.TemporaryDirectory(prefix="gearshift-build-") as folder:
-        opened = _open_factory(version, hardware, Path(folder), keeps_reference, quick=quick, reporter=reporter)
-        factory = replace(opened, force=force)
-        _vouch_for_data(version)  # first, so that an interrupt leaves a manifest that is whole
-        due = (variant for variant in chosen if force or not is_current(version, variant))
+    with _factory(version, planned[0], hardware, options, reporter) as factory:
+        due = (variant for variant in chosen if options.force or not is_current(version, variant))
         done = [factory.make(variant) for variant in due]  # asked one by one: a new reference leaves its children stale
         factory.summarise()
     return 0 if all(done) else 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Factory:
-    """What the variants of one version share while they are made."""
+@contextmanager
+def _factory(
+    version: VersionFolder, reference: Planned, hardware: Hardware, options: Options, reporter: Reporter
+) -> Iterator[Factory]:
+    """The opened factory of a version, in a folder that goes with it."""
+    with importable(version.model.path), tempfile.TemporaryDirectory(prefix="gearshift-build-") as folder:
+        factory = open_factory(version, reference, hardware, Path(folder), options, reporter)
+        _vouch_for_data(version)  # first, so that an interrupt leaves a manifest that is whole
+        yield factory
 
-    version: VersionFolder
-    hardware: Hardware
-    source: Source
-    data: DataSets
-    verifier: Verifier
-    work: Path
-    trial: Trial | None
-    quick: bool
-    reporter: Reporter
-    force: bool = False
-    made: Made = field(default_factory=dict)
 
-    def make(self, planned: Planned) -> bool:
-        """Build, evaluate, gate and write one variant; returns False when its recipe crashed."""
-        label = f"{self.version.model.name} {planned.name}"
-        with self.reporter.step(label) as advance:
-            card, files, crashed = self._attempt(planned, advance)
-            entry = ManifestEntry(
-                fingerprint="" if crashed else planned.fingerprint,
-                made="" if crashed else planned.made,
-                parent_sha256=file_sha256(self._parent(card)),
-                evaluation_sha256=self._evaluation_sha256(),
-            )
-            self.version.write_variant(card, files, entry)
-        self.reporter.line(f"{label}: {card.gate.verdict}: {card.gate.reason}")
-        return not crashed
+def _remove_others(version: VersionFolder, names: list[str], reporter: Reporter) -> None:
+    for gone in sorted(set(version.manifest().variants) - set(names)):
+        version.remove_variant(gone)
+        reporter.line(f"{version.model.name} {gone}: removed, because it is no longer configured")
 
-    def _parent(self, card: Card) -> Path:
-        """What a variant was made from: the reference's artefact, or for the reference the source as it was given."""
-        given = self.version.source.onnx or self.version.source.weights
-        if card.parent is None and given is not None:
-            return self.version.resolve(given)
-        return self.version.artefact(REFERENCE, "model.onnx")
 
-    def _evaluation_sha256(self) -> str | None:
-        """A digest of all that a score depends on beside the artefact: evidence is comparable where it is the same."""
-        config = self.version.model.config
-        if config.evaluation is None:
-            return None
-        data = file_sha256(self.version.resolve(config.evaluation.data))
-        facts = [data, config.evaluation.target, config.metric, config.task]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _build_auto(version: VersionFolder, hardware: Hardware, options: Options, reporter: Reporter) -> int:
+    """Try what `auto.candidates` says within the budget and keep the front. Returns as `_build_model`."""
+    label, record = version.model.name, None
+    with suppress(RepositoryError):  # a damaged record is as good as none
+        record = auto.read_record(version.path)
+    if record is not None and not options.force and _is_settled(version, record, hardware, options):
+        _vouch_for_data(version)
+        kept = [attempt.name for attempt in record.attempts if attempt.kept]
+        reporter.line(f"{label}: nothing changed; of {len(record.attempts)} techniques it keeps {', '.join(kept)}")
+        return 0
+    reference = plan(version, hardware, quick=options.quick, entries=[])[0]
+    with _factory(version, reference, hardware, options, reporter) as factory:
+        plans = auto.candidates(factory.facts())
+        _remove_others(version, [candidate.variant.name for candidate in plans], reporter)
+        attempts = _try_all(factory, plans)
+        reasons = auto.fallen({a.name: a.card for a in attempts if a.card}, factory.summarise())
+    settled = [replace(a, kept=False, reason=reasons[a.name]) if a.name in reasons else a for a in attempts]
+    for attempt in settled:
+        if attempt.card is not None and not attempt.kept:
+            version.remove_variant(attempt.name)
+        reporter.line(f"{label} {attempt.name}: {'kept' if attempt.kept else 'not kept'}: {attempt.reason}")
+    complete = not any(auto.OUT_OF_BUDGET in attempt.reason for attempt in settled)
+    auto.write_record(version.path, Record(options.budget_minutes, complete, tuple(settled)))
+    return 1 if any(attempt.crashed for attempt in settled) else 0
 
-    def _attempt(self, planned: Planned, advance: Advance) -> tuple[Card, Mapping[str, Path], bool]:
-        """The card and files of a variant, and whether its recipe crashed; the reference must not fail."""
-        try:
-            advance("making", 0.0)
-            kept = None if self.force else kept_product(self.version, planned)
-            product = kept or run_chain(planned.steps, self._ingredients(planned, advance), self.made)
-            advance("evaluating", 0.9)
-            return self._prove(planned, product), product.files, False
-        except RecipeRejected as error:
-            return _rejected(planned, str(error)), {}, False
-        except RepositoryError:
-            raise
-        except Exception as error:  # whatever goes wrong inside one recipe, the others still deserve their turn
-            if planned.name == REFERENCE:
-                raise
-            return _rejected(planned, f"the recipe crashed: {type(error).__name__}: {_in_a_line(error)}"), {}, True
 
-    def _ingredients(self, planned: Planned, advance: Advance) -> Ingredients:
-        work = self.work / planned.name
-        work.mkdir()
-        return Ingredients(
-            source=self.source,
-            example=self.data.any,
-            config=self.version.model.config,
-            calibration=self.data.calibration,
-            training=self.data.training,
-            hardware=self.hardware,
-            work=work,
-            teacher=self.source.module,
-            trial=self.trial,
-            quick=self.quick,
-            progress=lambda share: advance("training", 0.9 * share),
+def _is_settled(version: VersionFolder, record: Record, hardware: Hardware, options: Options) -> bool:
+    """Whether nothing changed since, and a larger budget would not try more."""
+    if not record.complete and options.budget_minutes > record.budget_minutes:
+        return False
+    entries = [VariantConfig.model_validate(attempt.entry) for attempt in record.attempts]
+    planned = {each.name: each for each in plan(version, hardware, quick=options.quick, entries=entries)}
+    return all(
+        (not attempt.fingerprint or attempt.fingerprint == planned[attempt.name].fingerprint)
+        and (not attempt.kept or is_current(version, planned[attempt.name]))
+        for attempt in record.attempts
+    )
+
+
+def _try_all(factory: Factory, plans: list[Candidate]) -> list[Attempt]:
+    """Every candidate in turn, or the reason why it was not tried."""
+    end = time.monotonic() + factory.options.budget_minutes * 60
+    attempts: list[Attempt] = []
+    done: dict[str, Card] = {}
+    for candidate in plans:
+        name, started = candidate.variant.name, time.monotonic()
+        obstacle = candidate.obstacle(factory.facts(), done)
+        if obstacle is None and started > end and name != REFERENCE:
+            obstacle = auto.OUT_OF_BUDGET
+        if obstacle is not None:
+            attempts.append(Attempt(candidate.variant.entry, kept=False, reason=f"not tried: {obstacle}"))
+            continue
+        planned = plan(factory.version, factory.hardware, quick=factory.options.quick, entries=[candidate.variant])
+        crashed = not factory.make(planned[-1])
+        done[name] = card = factory.version.stored_card(name)
+        attempt = Attempt(
+            candidate.variant.entry,
+            kept=True,
+            reason=f"{card.gate.verdict}: {card.gate.reason}",
+            card=card,
+            crashed=crashed,
+            fingerprint=planned[-1].fingerprint,
+            seconds=round(time.monotonic() - started, 1),
         )
-
-    def _prove(self, planned: Planned, product: Product) -> Card:
-        """The card of something that was made."""
-        runtimes, gate = self.verifier.verify(planned.name, product.files, product.precision)
-        cost = cost_of(product.files[product.artefact])
-        artefacts = {name: file_sha256(file) for name, file in product.files.items()}
-        return Card(
-            variant=planned.name,
-            recipe=planned.recipe,
-            parameters=planned.parameters | dict(product.facts),
-            artefact=product.artefact,
-            sha256=artefacts[product.artefact],
-            parent=None if planned.name == REFERENCE else REFERENCE,
-            requirements=self._requirements(product),
-            size_bytes=cost.size_bytes,
-            compressed_bytes=cost.compressed_bytes,
-            weights=cost.weights,
-            flops=cost.flops,
-            runtimes=runtimes,
-            gate=gate,
-            artefacts=artefacts,
-            findings=product.findings,
-        )
-
-    def _requirements(self, product: Product) -> dict[str, object]:
-        """What a host needs: 8-bit weights were proven here only if sums of their products do not saturate here."""
-        by_step = [product.facts, *(facts for facts in product.facts.values() if isinstance(facts, dict))]
-        is_wide = any(facts.get("reduce_range") is False for facts in by_step)
-        is_wide &= not needs_reduced_range(self.hardware)
-        return {"precision": product.precision} | ({"exact_int8_sums": True} if is_wide else {})
-
-    def summarise(self) -> None:
-        """The table of all variants, with their speed beside fp32's, and what a person should know."""
-        cards, absent = sound_cards(self.version)
-        with self.reporter.step(f"{self.version.model.name} speed") as advance:
-            advance("measuring", 0.0)
-            speeds = measure_speeds(self.version, cards, self.source, self.data.any, self.verifier)
-        self.reporter.table(table(cards, speeds, f"{self.version.model.name} version {self.version.number}"))
-        for sentence in (*sentences(cards, speeds), *absent):
-            self.reporter.line(sentence)
+        attempts.append(attempt)
+    return attempts
 
 
 def _vouch_for_data(version: VersionFolder) -> None:
@@ -247,64 +195,3 @@ def _vouch_for_data(version: VersionFolder) -> None:
     vouched = manifest.model_copy(update={"files": files, "tools": tool_versions()})
     if vouched != manifest:
         version.write_manifest(vouched)
-
-
-def _open_factory(
-    version: VersionFolder, hardware: Hardware, work: Path, keeps_reference: bool, *, quick: bool, reporter: Reporter
-) -> _Factory:
-    """Read data and source, and check them against each other. Raises RepositoryError."""
-    with reporter.step(version.model.name) as advance:
-        advance("reading data and source", 0.0)
-        files, targets = read_files(version), targets_of(version)
-        first = next(iter(files.values()), {})
-        example = {name: array[:_EXAMPLES] for name, array in first.items() if name not in targets}
-        source = open_source(version, example or None, work)
-        data = match_sets(version, files, source.sample_specs)
-    if keeps_reference:  # children must descend from the artefact that is served
-        source = replace(source, graph=version.artefact(REFERENCE, "model.onnx"))
-    if quick and data.evaluation is not None:
-        data = replace(data, evaluation=spread(data.evaluation, QUICK_EVALUATION_SAMPLES))
-    _use_our_cores(source, hardware)
-    config, runtimes = version.model.config, available_runtimes()
-    verifier = Verifier(config, data.evaluation, source.graph, source.max_batch, runtimes, hardware)
-    trial = _trial(source, data, config, hardware)
-    return _Factory(version, hardware, source, data, verifier, work, trial, quick, reporter)
-
-
-def _trial(source: Source, data: DataSets, config: ModelConfig, hardware: Hardware) -> Trial | None:
-    """What candidates are tried with; None where no data is left for it."""
-    if data.tuning is None:
-        return None
-    evaluated = len(data.evaluation) if data.evaluation else 0
-    return Trial(source.graph, data.tuning, config, source.max_batch, evaluated, hardware.cores)
-
-
-def _use_our_cores(source: Source, hardware: Hardware) -> None:
-    """Torch takes a thread per core of the node, and collapses when they are more than our share."""
-    if source.module is not None:
-        import torch
-
-        torch.set_num_threads(hardware.cores)
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _rejected(planned: Planned, reason: str) -> Card:
-    """The card of a variant that was not made."""
-    return Card(
-        variant=planned.name,
-        recipe=planned.recipe,
-        parameters=planned.parameters,
-        artefact=None,
-        sha256=None,
-        parent=REFERENCE,
-        requirements={},
-        size_bytes=0,
-        compressed_bytes=0,
-        weights=0,
-        flops=0,
-        runtimes={},
-        gate=Gate(Verdict.REJECTED, reason),
-    )

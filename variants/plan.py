@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError
@@ -41,7 +41,7 @@ _TOOLS = (
     "safetensors", "torch", "torch-pruning",
 )  # fmt: skip
 _MAKING = ("data.py", "networks", "recipes", "source.py", "trial.py")
-_JUDGING = (*_MAKING, "build.py", "cost.py", "evaluate.py", "fidelity.py", "intervals.py", "runtimes", "verify.py")
+_JUDGING = (*_MAKING, "cost.py", "evaluate.py", "factory.py", "fidelity.py", "intervals.py", "runtimes", "verify.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,17 @@ class Planned:
         return dict(asked) if len(self.steps) > 1 else asked[self.steps[0].name]
 
 
-def plan(version: VersionFolder, hardware: Hardware, *, quick: bool) -> list[Planned]:
-    """The variants of a version, the reference first. Raises RepositoryError for an unknown recipe or parameter."""
+def plan(
+    version: VersionFolder, hardware: Hardware, *, quick: bool, entries: Sequence[VariantConfig] | None = None
+) -> list[Planned]:
+    """The variants of a version, or of `entries` in place of those it names, the reference first.
+
+    Raises RepositoryError for an unknown recipe or parameter.
+    """
     making = {"inputs": _making(version), "tools": tool_versions(), "factory": _hashes_of(_MAKING), "quick": quick}
     judging = {"inputs": _judging(version), "factory": _hashes_of(_JUDGING)}
     planned = []
-    for entry in _entries(version):
+    for entry in _reference_first(_entries(version) if entries is None else entries):
         steps = _checked(version, entry)
         facts = making | {"steps": [step.facts() for step in steps]}
         if any(step.recipe.chooses for step in steps):
@@ -134,12 +139,15 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-def _entries(version: VersionFolder) -> list[VariantConfig]:
-    """The configured variants or the defaults, with the reference first."""
-    entries = version.model.config.variants
-    if entries is None:
-        defaults = DEFAULT_ONNX_VARIANTS if version.source.onnx else DEFAULT_VARIANTS
-        entries = tuple(VariantConfig.model_validate(name) for name in defaults)
+def _entries(version: VersionFolder) -> Sequence[VariantConfig]:
+    """The configured variants or the defaults."""
+    if version.model.config.variants is not None:
+        return version.model.config.variants
+    defaults = DEFAULT_ONNX_VARIANTS if version.source.onnx else DEFAULT_VARIANTS
+    return [VariantConfig.model_validate(name) for name in defaults]
+
+
+def _reference_first(entries: Sequence[VariantConfig]) -> list[VariantConfig]:
     reference = VariantConfig.model_validate(REFERENCE)
     own = [entry for entry in entries if entry.name == REFERENCE]
     return [*(own or [reference]), *(entry for entry in entries if entry.name != REFERENCE)]
@@ -172,6 +180,7 @@ def _checked(version: VersionFolder, entry: VariantConfig) -> tuple[Step, ...]:
 
 _NOT_MADE_FROM: dict[str, Any] = {
     "variants": True,
+    "auto": True,
     "slo": True,
     "gate": True,
     "evaluation": True,
