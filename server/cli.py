@@ -43,8 +43,15 @@ def _build(chosen: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads: waiting threads spin otherwise
 
     from variants.build import build
+    from variants.factory import Options
 
-    return build(chosen.path, only=chosen.variants, force=chosen.force, quick=chosen.quick)
+    return build(chosen.path, only=chosen.variants, options=Options(chosen.force, chosen.quick, chosen.budget_minutes))
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from variants.report.page import write_report
+
+    return write_report(chosen.path, chosen.output)
 
 
 def _serve(chosen: argparse.Namespace) -> int:
@@ -76,6 +83,17 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _minutes(text: str) -> float:
+    """A positive number of minutes."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of minutes")
+    return minutes
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gearshift", description="Serve a model's verified variants.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -85,7 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--variants", type=_names, metavar="A,B", help="only these")
     build.add_argument("--force", action="store_true", help="build again what is up to date")
     build.add_argument("--quick", action="store_true", help="shorter training and smaller samples; for a first look")
+    build.add_argument(
+        "--budget-minutes", type=_minutes, default=30.0, metavar="N", help="how long `variants: auto` may try (30)"
+    )
     build.set_defaults(run=_build)
+
+    report = commands.add_parser("report", help="one page with pictures of what was built", allow_abbrev=False)
+    report.add_argument("path", type=Path, metavar="PATH", help="a model's folder, or a repository of them")
+    report.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="where to (report.html)"
+    )
+    report.set_defaults(run=_report)
 
     serve = commands.add_parser("serve", help="serve every model of a repository", allow_abbrev=False)
     settings.add_flags(serve)

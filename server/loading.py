@@ -201,7 +201,7 @@ def _candidate(card: Card, path: Path, sha256: str, runtime: Runtime, host: Host
     reason = runtime.why_not(path, precision, host.hardware)
     if reason is None and path.suffix == ".pt2" and not host.trust_torch_archives:
         reason = "a .pt2 archive can execute code and is loaded only with --trust-torch-archives"
-    reason = reason or _not_like_the_build_host(card, precision, _device(name, host), host.hardware)
+    reason = reason or _not_like_the_build_host(card, name, precision, host)
     evidence = card.runtimes.get(name)
     is_unverified = card.gate.verdict is Verdict.UNVERIFIED
     needs_evidence = name != ONNXRUNTIME if card.variant == REFERENCE else not is_unverified
@@ -217,11 +217,14 @@ def _candidate(card: Card, path: Path, sha256: str, runtime: Runtime, host: Host
     return Candidate(card.variant, name, precision, sha256, session, evidence, is_invariant)
 
 
-def _not_like_the_build_host(card: Card, precision: str, device: str, hardware: Hardware) -> str | None:
-    """Why evidence from the build host does not hold here: it is a CPU's, or for fp16 a CUDA device's."""
-    if card.requirements.get("exact_int8_sums") and needs_reduced_range(hardware):
+def _not_like_the_build_host(card: Card, runtime: str, precision: str, host: Host) -> str | None:
+    """Why evidence from the build host does not hold here: it is a CPU's, or for fp16 and TensorRT a CUDA device's."""
+    device, proven_on_cuda = _device(runtime, host), precision == "fp16" or runtime == "tensorrt"
+    if proven_on_cuda:
+        return None
+    if card.requirements.get("exact_int8_sums") and needs_reduced_range(host.hardware):
         return "its 8-bit weights were proven on another kind of CPU and would saturate on this one, which has no VNNI"
-    if card.variant != REFERENCE and card.runtimes and device != "cpu" and precision != "fp16":
+    if card.variant != REFERENCE and card.runtimes and device != "cpu":
         return f"its evidence was measured on a CPU and proves nothing about {device}"
     return None
 

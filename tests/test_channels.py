@@ -1,21 +1,51 @@
-"""prune-channels on a really trained model: what gets smaller and what is refused."""
+"""prune-channels on a really trained model: what gets smaller, how it recovers, what is searched and what refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from factory_fixtures import Built
+from factory_fixtures import NETWORK, Built
+from pydantic import ValidationError
 from recipe_fixtures import built, images, ingredients, run
 
 from variants.cost import cost_of
-from variants.data import Samples
-from variants.recipes.channels import PruneChannels, prune_channels
-from variants.recipes.recipe import RecipeRejected
+from variants.data import DataSets, Samples
+from variants.model_config import ModelConfig
+from variants.recipes.channel_pruning import kept
+from variants.recipes.channels import PruneChannels, narrower, prune_channels
+from variants.recipes.recipe import Ingredients, RecipeRejected
 from variants.runtimes.onnx_signature import read_signature
 from variants.source import Source, export_graph
+from variants.trial import Trial
+
+
+def trained(built_digits: Built, work: Path, *, gate: dict[str, float] | None = None, **more: Any) -> Ingredients:
+    """The digits model as a recipe gets it, with training and tuning samples."""
+    scope: dict[str, Any] = {}
+    exec(NETWORK, scope)  # noqa: S102 - our own text
+    module = scope["convolutional"]()
+    version = built_digits.root / "digits/1"
+    safetensors.torch.load_model(module, version / "source/model.safetensors")
+    graph = built(built_digits, "fp32")
+    sets = DataSets(training=samples(version, "training")).with_tuning()
+    said = {"task": "classification", "gate": gate or {"max_accuracy_drop": 0.05, "min_agreement": 0.9}}
+    said["training"] = {"data": "t.npz", "target": "label", "epochs": 4, "learning_rate": 0.003}
+    config = ModelConfig.model_validate(said)
+    assert sets.tuning is not None
+    given = {"training": sets.training, "config": config, "trial": Trial(graph, sets.tuning, config, 16, 400, 1)}
+    source = Source(graph, read_signature(graph), 16, module.eval())
+    return ingredients(graph, work, samples(version, "calibration"), source=source, **(given | more))
+
+
+def samples(version: Path, name: str) -> Samples:
+    """One of the digits' sets."""
+    with np.load(version / f"data/{name}.npz") as data:
+        return Samples({"input": data["input"]}, data["label"])
 
 
 def test_pruned_is_really_smaller_and_keeps_its_outputs(built_digits: Built) -> None:
@@ -27,10 +57,100 @@ def test_pruned_is_really_smaller_and_keeps_its_outputs(built_digits: Built) -> 
     assert run(built(built_digits, "pruned"), input=images(built_digits, 3)).shape == (3, 10)
 
 
+@pytest.mark.parametrize("recover", ["distill", "finetune"])
+def test_recovery_brings_accuracy_back(built_digits: Built, tmp_path: Path, recover: str) -> None:
+    """Four epochs make up for what half the channels knew; the facts and findings say what was done."""
+    given = trained(built_digits, tmp_path)
+    assert given.source.module is not None
+    product = prune_channels(given, PruneChannels.model_validate({"recover": recover}))
+    bare = narrower(given.source.module, {"input": torch.from_numpy(images(built_digits, 2))}, 0.5)
+    assert right(built_digits, product.module) > max(0.85, right(built_digits, bare))
+    facts = {"weights_before": 38314, "weights_after": 9818, "sparsity_reached": 0.5, "epochs": 4}
+    assert product.facts == facts
+    groups = [{"layers": ["0", "1"], "before": 16, "after": 8}, {"layers": ["4"], "before": 32, "after": 16}]
+    assert product.findings["channels"] == [*groups, {"layers": ["7"], "before": 64, "after": 32}]
+    assert product.findings["kept_channels"] == {"9": "its channels reach an output"}
+    assert run(product.files["model.onnx"], input=images(built_digits, 5)).shape == (5, 10)
+
+
+def right(digits: Built, module: torch.nn.Module | None) -> float:
+    """The share of the evaluation digits that a module recognises."""
+    test = samples(digits.root / "digits/1", "evaluation")
+    assert module is not None
+    with torch.no_grad():
+        guesses = module(torch.from_numpy(test.inputs["input"])).argmax(dim=1).numpy()
+    return float((guesses == test.target).mean())
+
+
+def test_steps_share_the_epochs_and_the_progress(built_digits: Built, tmp_path: Path) -> None:
+    """Three rounds of pruning and recovery take as many epochs as one, and report one way from nothing to all."""
+    seen: list[float] = []
+    given = trained(built_digits, tmp_path, progress=seen.append)
+    product = prune_channels(given, PruneChannels(steps=3, round_to=1))
+    assert product.facts["epochs"] == 4
+    assert product.facts["sparsity_reached"] == 0.5
+    assert seen == sorted(seen)
+    assert seen[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("units", "sparsity", "round_to", "left"),
+    [(64, 0.5, 4, 32), (30, 0.5, 4, 16), (10, 0.75, 4, 4), (10, 0.75, 1, 2), (3, 0.9, 4, 3), (64, 0.99, 8, 8)],
+)
+def test_widths_that_stay_are_multiples(units: int, sparsity: float, round_to: int, left: int) -> None:
+    """The nearest multiple, never none and never more than there were."""
+    assert kept(units, sparsity, round_to) == left
+
+
+def test_auto_takes_the_sparsest_network_that_passes(built_digits: Built, tmp_path: Path) -> None:
+    """Everything tried is in the findings; what comes out is the last that passed, and less would have passed too."""
+    given = trained(built_digits, tmp_path, quick=True)
+    product = prune_channels(given, PruneChannels(sparsity="auto"))
+    tried = product.findings["sparsity"]
+    assert isinstance(tried, list)
+    assert 2 <= len(tried) <= 4
+    passing = [row for row in tried if row["passes"]]
+    last = passing[-1]
+    assert last["sparsity"] == max(row["sparsity"] for row in passing)
+    assert [row["weights"] for row in passing] == sorted((row["weights"] for row in passing), reverse=True)
+    cost = cost_of(product.files["model.onnx"])
+    assert (cost.weights, cost.flops) == (last["weights"], last["flops"])
+    assert product.facts["epochs"] == last["epochs"]
+    assert set(last) == {"sparsity", "epochs", "weights", "flops", "drop", "agreement", "damage", "passes"}
+    assert given.trial is not None
+    assert given.trial.judge(product.files["model.onnx"]).passes
+
+
+def test_auto_rejects_when_nothing_passes(built_digits: Built, tmp_path: Path) -> None:
+    """A gate that no pruned network can pass leaves nothing, and the reason lists what was tried."""
+    given = trained(built_digits, tmp_path, gate={"max_accuracy_drop": 0.0, "min_agreement": 1.0}, quick=True)
+    with pytest.raises(RecipeRejected, match=r"no sparsity passes the gate on the tuning samples; .*'sparsity': 0.5"):
+        prune_channels(given, PruneChannels(sparsity="auto", recover="none"))
+
+
+def test_auto_needs_tuning_samples(built_digits: Built, tmp_path: Path) -> None:
+    """Without them there is nothing to choose on, and the reason names the data to add."""
+    with pytest.raises(RecipeRejected, match=r"add `tuning:` or more `training:` data"):
+        prune_channels(trained(built_digits, tmp_path, trial=None), PruneChannels(sparsity="auto"))
+
+
+@pytest.mark.parametrize("sparsity", [0, 1, -0.1, 2, "most", None, True])
+def test_a_sparsity_is_a_share_or_auto(sparsity: object) -> None:
+    """Anything else is one clear sentence."""
+    with pytest.raises(ValidationError, match="a share of the channels between 0 and 1, or auto"):
+        PruneChannels.model_validate({"sparsity": sparsity})
+
+
 def test_pruning_channels_needs_a_module(built_digits: Built, tmp_path: Path) -> None:
     """An ONNX source cannot lose channels, and the reason names what can be done instead."""
     with pytest.raises(RecipeRejected, match=r"needs a torch source.*pruned-unstructured"):
         prune_channels(ingredients(built(built_digits, "fp32"), tmp_path), PruneChannels())
+
+
+def test_recovering_needs_training_data(built_digits: Built, tmp_path: Path) -> None:
+    """The reason names both ways out."""
+    with pytest.raises(RecipeRejected, match=r"add `training:` or say `recover: none`"):
+        prune_channels(trained(built_digits, tmp_path, training=None), PruneChannels())
 
 
 class HardCoded(torch.nn.Module):
@@ -47,9 +167,9 @@ class HardCoded(torch.nn.Module):
 
 def test_a_module_that_cannot_lose_channels_is_rejected(tmp_path: Path) -> None:
     """A hard-coded width is a reason on the card, never a crash or a broken artefact."""
-    samples = Samples({"x": np.ones((4, 4), np.float32)})
+    inputs = Samples({"x": np.ones((4, 4), np.float32)})
     graph = tmp_path / "g.onnx"
-    export_graph(HardCoded().eval(), samples.inputs, graph, batched=True)
+    export_graph(HardCoded().eval(), inputs.inputs, graph, batched=True)
     source = Source(graph, read_signature(graph), 32, HardCoded().eval())
-    with pytest.raises(RecipeRejected):
-        prune_channels(ingredients(graph, tmp_path, samples, source=source), PruneChannels(recover="none"))
+    with pytest.raises(RecipeRejected, match="no channel can be removed soundly"):
+        prune_channels(ingredients(graph, tmp_path, inputs, source=source), PruneChannels(recover="none"))

@@ -7,21 +7,45 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
-from factory_fixtures import Built
+from factory_fixtures import Built, train
 from onnx import TensorProto, helper, numpy_helper
-from recipe_fixtures import HIDING_NODES, built, hide_weight, images, ingredients, product_graph, run
+from onnx_files import needs_openvino
+from recipe_fixtures import HIDING_NODES, Array, built, hide_weight, images, ingredients, product_graph, run
+from sklearn.datasets import load_digits
+from torch import nn
 
-from variants.cost import cost_of
 from variants.data import Samples
 from variants.hardware import Hardware
 from variants.recipes import dynamic
-from variants.recipes.dynamic import QuantizeDynamic, quantize_dynamic
+from variants.recipes.dynamic import QuantizeDynamic, quantize_dynamic, quantize_per_tensor
 from variants.recipes.recipe import RecipeRejected
 from variants.recipes.static import QuantizeStatic, quantize_static
 from variants.runtimes.onnx_signature import read_signature
+from variants.runtimes.openvino_runtime import OpenVino
 from variants.source import Source, export_graph
+
+
+def fused(graph: Path) -> list[str]:
+    """The operators that ONNX Runtime makes of a graph when it loads it."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(graph.with_suffix(".fused")), 4
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+
+
+def products(path: Path, *layers: tuple[str, str, Array], opset: int = 18) -> Path:
+    """A graph of products of `x` [batch, 1st layer's k]: from which tensor, to which, and the weights [k, n]."""
+    inner = {source for source, _, _ in layers}
+    values = [("x", layers[0][2].shape[0]), *((name, w.shape[1]) for _, name, w in layers if name not in inner)]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width]) for name, width in values]
+    nodes = [helper.make_node("MatMul", [source, f"w_{name}"], [name], name) for source, name, _ in layers]
+    constants = [numpy_helper.from_array(weight.astype(np.float32), f"w_{name}") for _, name, weight in layers]
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
+    return path
 
 
 def test_dynamic_int8_is_bit_equal_alone_and_in_company(built_digits: Built) -> None:
@@ -33,12 +57,11 @@ def test_dynamic_int8_is_bit_equal_alone_and_in_company(built_digits: Built) -> 
 
 
 def test_dynamic_int8_leaves_convolutions_alone(built_digits: Built) -> None:
-    """Both linear layers become MatMulInteger, both convolutions stay in floating point."""
-    operators = [node.op_type for node in onnx.load(built(built_digits, "int8-dynamic")).graph.node]
-    assert operators.count("MatMulInteger") == 2
-    assert operators.count("Conv") == 2
-    assert "ConvInteger" not in operators
-    assert "Gemm" not in operators
+    """ONNX Runtime computes both linear layers in integers, and both convolutions in floating point."""
+    operators = fused(built(built_digits, "int8-dynamic"))
+    assert operators.count("MatMulIntegerToFloat") == 2
+    assert sum("Conv" in operator for operator in operators) == 2
+    assert not {"ConvInteger", "QLinearConv", "MatMul", "Gemm"} & set(operators)
 
 
 @pytest.mark.parametrize("attributes", [{}, {"transB": 1}, {"alpha": 0.5, "beta": 2.0}, {"transB": 1, "alpha": -3.0}])
@@ -54,10 +77,15 @@ def test_dynamic_int8_of_a_gemm_is_near_the_gemm(tmp_path: Path, attributes: dic
 
 
 def test_dynamic_int8_survives_a_row_of_zeros(tmp_path: Path) -> None:
-    """An all-zero row has no scale; it must give the bias, not NaN."""
+    """An all-zero row has no scale: it gives the bias, and no step on the way there divides by zero."""
     graph = product_graph(tmp_path / "g.onnx", np.ones((4, 2)), np.array([1.0, -2.0]))
     made = quantize_dynamic(ingredients(graph, tmp_path), QuantizeDynamic()).files["model.onnx"]
     assert run(made, x=np.zeros((1, 4), np.float32)).tolist() == [[1.0, -2.0]]
+    model = onnx.load(made)
+    (quotient,) = [node.output[0] for node in model.graph.node if node.op_type == "Div"]
+    model.graph.output.insert(0, onnx.ValueInfoProto(name=quotient))
+    onnx.save(model, made)
+    assert run(made, x=np.zeros((1, 4), np.float32)).tolist() == [[0.0] * 4]
 
 
 def test_dynamic_int8_of_products_in_many_dimensions(tmp_path: Path) -> None:
@@ -98,7 +126,8 @@ def test_dynamic_int8_keeps_what_only_a_branch_reads(tmp_path: Path) -> None:
         for operator in ("MatMul", "Gemm")
     ]  # fmt: skip
     model.graph.node[0].output[0] = "product"
-    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "go"))
+    model.graph.node.append(helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0))
+    model.graph.node.append(helper.make_node("Cast", ["sum"], ["go"], to=TensorProto.BOOL))
     model.graph.node.append(helper.make_node("If", ["go"], ["y"], then_branch=branches[0], else_branch=branches[1]))
     onnx.save(model, path)
     made = quantize_dynamic(ingredients(path, tmp_path), QuantizeDynamic()).files["model.onnx"]
@@ -117,38 +146,144 @@ def test_dynamic_int8_leaves_no_weight_behind_as_an_input(tmp_path: Path) -> Non
     assert run(made, x=np.ones((1, 4), np.float32)).shape == (1, 4)
 
 
+@needs_openvino
+def test_openvino_gives_the_same_answers_alone_and_in_company(built_digits: Built) -> None:
+    """The second runtime reads the same file: its logits are near ONNX Runtime's, and no batch-mate changes them."""
+    graph, x = built(built_digits, "int8-dynamic"), images(built_digits, 20)
+    session = OpenVino().load(graph, precision="int8", threads=1, device="cpu")
+    (together,) = session.run({"input": x})
+    alone = np.concatenate([session.run({"input": x[i : i + 1]})[0] for i in range(len(x))])
+    assert np.array_equal(together, alone)
+    np.testing.assert_allclose(together, run(graph, input=x), atol=0.2)
+
+
+class Attention(nn.Module):
+    """One transformer block over the eight rows of a digit."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Linear(8, width), nn.Parameter(torch.zeros(8, width))
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.mix = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+        self.norm, self.classify = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x) + self.place
+        rows = self.norm(x)
+        weights = torch.softmax(self.query(rows) @ self.key(rows).transpose(1, 2) / 6, -1)
+        x = x + weights @ self.value(rows)
+        logits: torch.Tensor = self.classify((x + self.mix(x)).mean(1))
+        return logits
+
+
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Array]:
+    """A transformer trained on real digits as ONNX, and images that it has not seen."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    data = load_digits()
+    x, labels = (data.images / 16).astype(np.float32), data.target.astype(np.int64)
+    module = Attention()
+    train(module, torch.from_numpy(x[:1200]), torch.from_numpy(labels[:1200]), 4)
+    graph = tmp_path_factory.mktemp("attention") / "g.onnx"
+    export_graph(module, {"x": x[:9]}, graph, batched=True)
+    return graph, x[1200:]
+
+
+def test_a_trained_transformer_keeps_its_answers_whoever_shares_the_batch(
+    attention: tuple[Path, Array], tmp_path: Path
+) -> None:
+    """In int8 it agrees with itself in fp32, and batch-mates change no more than they do there."""
+    graph, x = attention
+    made = quantize_dynamic(ingredients(graph, tmp_path), QuantizeDynamic())
+    assert made.facts["quantised_layers"] == 7
+    int8 = made.files["model.onnx"]
+    wanted, together = run(graph, x=x), run(int8, x=x)
+    assert np.mean(wanted.argmax(1) == together.argmax(1)) > 0.97
+    alone = np.concatenate([run(int8, x=x[i : i + 1]) for i in range(20)])
+    np.testing.assert_allclose(alone, together[:20], rtol=0, atol=1e-5)  # attention itself stays in floating point
+
+
+def test_one_scale_per_tensor_is_marked_and_lets_batch_mates_matter(
+    attention: tuple[Path, Array], tmp_path: Path
+) -> None:
+    """ONNX Runtime's own arithmetic agrees with fp32 too, but an image's logits depend on who shares its batch."""
+    graph, x = attention
+    made = quantize_per_tensor(ingredients(graph, tmp_path), QuantizeDynamic())
+    assert made.facts == {"quantised_layers": 7, "batch_invariant": False, "reduce_range": False}
+    together = run(made.files["model.onnx"], x=x)
+    assert np.mean(run(graph, x=x).argmax(1) == together.argmax(1)) > 0.97
+    alone = np.concatenate([run(made.files["model.onnx"], x=x[i : i + 1]) for i in range(20)])
+    assert np.abs(alone - together[:20]).max() > 0.01
+
+
+def test_one_scale_per_tensor_never_means_a_convolution(built_digits: Built, tmp_path: Path) -> None:
+    """Convolutions stay in floating point, and a graph with nothing else is rejected."""
+    made = quantize_per_tensor(ingredients(built(built_digits, "fp32"), tmp_path), QuantizeDynamic())
+    operators = [node.op_type for node in onnx.load(made.files["model.onnx"]).graph.node]
+    assert (operators.count("MatMulInteger"), operators.count("Conv"), operators.count("ConvInteger")) == (2, 2, 0)
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 1, 4, 4]) for name in "xy"]
+    weight = numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "w")
+    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "g", info[:1], info[1:], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "c.onnx")
+    with pytest.raises(RecipeRejected, match="nothing to quantise"):
+        quantize_per_tensor(ingredients(tmp_path / "c.onnx", tmp_path), QuantizeDynamic())
+
+
+def test_a_tensor_is_quantised_once_for_all_that_read_it(tmp_path: Path) -> None:
+    """Query, key and value read the same tensor: one QuantizeLinear serves the three, and each is near its product."""
+    weights = np.random.default_rng(0).normal(size=(3, 16, 8))
+    graph = products(tmp_path / "g.onnx", *(("x", name, w) for name, w in zip("qkv", weights, strict=True)))
+    made = quantize_dynamic(ingredients(graph, tmp_path), QuantizeDynamic()).files["model.onnx"]
+    assert [node.op_type for node in onnx.load(made).graph.node].count("QuantizeLinear") == 1
+    assert fused(made).count("MatMulIntegerToFloat") == 3
+    x = np.random.default_rng(1).normal(size=(5, 16)).astype(np.float32)
+    answers = onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    for answer, weight in zip(answers, weights, strict=True):
+        np.testing.assert_allclose(answer, x @ weight, atol=0.3)
+
+
+def test_products_too_small_to_gain_stay_beside_larger_ones(tmp_path: Path) -> None:
+    """A narrow head after a wide layer stays in floating point, and the reason is told; alone, it is quantised."""
+    wide, head = np.ones((256, 256)), np.ones((256, 10))
+    graph = products(tmp_path / "g.onnx", ("x", "h", wide), ("h", "y", head))
+    made = quantize_dynamic(ingredients(graph, tmp_path), QuantizeDynamic())
+    assert (made.facts["quantised_layers"], made.facts["float_layers"]) == (1, 1)
+    assert made.findings["float_layers"] == {"y": "too small to gain"}
+    alone = products(tmp_path / "alone.onnx", ("x", "y", head))
+    assert quantize_dynamic(ingredients(alone, tmp_path), QuantizeDynamic()).facts["quantised_layers"] == 1
+
+
+def test_what_is_no_product_with_a_constant_matrix_is_left_alone(tmp_path: Path) -> None:
+    """A product of two activations is nobody's layer; one whose activations are transposed is told with the reason."""
+    path = product_graph(tmp_path / "g.onnx", np.ones((4, 4)))
+    model = onnx.load(path)
+    model.graph.node[0].output[0] = "h"
+    model.graph.node.append(helper.make_node("Transpose", ["h"], ["t"], perm=[1, 0]))
+    model.graph.node.append(helper.make_node("MatMul", ["h", "t"], ["square"]))
+    model.graph.node.append(helper.make_node("Gemm", ["t", "w2"], ["turned"], transA=1))
+    model.graph.node.append(helper.make_node("MatMul", ["square", "turned"], ["y"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 4), np.float32), "w2"))
+    onnx.save(model, path)
+    made = quantize_dynamic(ingredients(path, tmp_path), QuantizeDynamic())
+    assert (made.facts["quantised_layers"], made.facts["float_layers"]) == (1, 1)
+    assert made.findings["float_layers"] == {"turned": "its activations are transposed"}
+    x = np.ones((2, 4), np.float32)
+    np.testing.assert_allclose(run(made.files["model.onnx"], x=x), run(path, x=x), rtol=0.02)
+
+
 def test_a_quantised_graph_that_does_not_run_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a rewrite breaks is found on the spot, not by the first client: here the product's output is lost."""
 
     def lose_a_node(graph: onnx.GraphProto) -> None:
         del graph.node[-1]
 
-    monkeypatch.setattr(dynamic, "_drop_unused_weights", lose_a_node)
+    monkeypatch.setattr(dynamic, "_drop_unused", lose_a_node)
     graph = product_graph(tmp_path / "g.onnx", np.eye(4))
     with pytest.raises(RecipeRejected, match="the changed graph cannot be loaded"):
         quantize_dynamic(ingredients(graph, tmp_path), QuantizeDynamic())
-
-
-class Recurrent(torch.nn.Module):
-    """One LSTM layer, all its steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.LSTM(8, 32, batch_first=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        steps: torch.Tensor = self.layer(x)[0]
-        return steps
-
-
-def test_an_lstm_is_quantised_and_said_to_depend_on_its_batch(tmp_path: Path) -> None:
-    """LSTM weights shrink to bytes, and the card says that batch-mates matter, since its scale is per tensor."""
-    torch.manual_seed(0)
-    x = np.random.default_rng(0).normal(size=(9, 6, 8)).astype(np.float32)
-    export_graph(Recurrent().eval(), {"x": x}, tmp_path / "g.onnx", batched=True)
-    made = quantize_dynamic(ingredients(tmp_path / "g.onnx", tmp_path), QuantizeDynamic())
-    assert made.facts["batch_invariant"] is False
-    assert cost_of(made.files["model.onnx"]).size_bytes < 0.5 * cost_of(tmp_path / "g.onnx").size_bytes
 
 
 def test_nothing_to_quantise_is_a_reason(tmp_path: Path) -> None:

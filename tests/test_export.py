@@ -51,7 +51,8 @@ class Mean(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         weighted = self.linear(x) * mask[..., None]
-        return weighted.sum(1) / mask.sum(1, keepdim=True)
+        mean: torch.Tensor = weighted.sum(1) / mask.sum(1, keepdim=True)
+        return mean
 
 
 def test_declared_axes_vary_beside_the_batch(tmp_path: Path) -> None:

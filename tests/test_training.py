@@ -1,29 +1,37 @@
-"""Fine-tuning: what a changed module learns from."""
+"""Fine-tuning: what a changed module learns from, and how."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from recipe_fixtures import ingredients
+from torch import Tensor, nn
+from training_fixtures import config, lesson, points
 
 from variants.data import Samples
-from variants.model_config import ModelConfig
-from variants.recipes.training import finetune
-from variants.runtimes.onnx_signature import read_signature
-from variants.source import Source, export_graph
+from variants.recipes.mixed_precision import MixedPrecision
+from variants.recipes.recipe import Ingredients, RecipeRejected
+from variants.recipes.training import Batch, Batches, effort, finetune, fit, tensors_of
+
+Recover = Literal["finetune", "distill"]
 
 
-def training(task: str, metric: str | None = None) -> ModelConfig:
-    """A model of this task with integer targets to train on."""
-    said: dict[str, Any] = {"task": task, "training": {"data": "t.npz", "target": "y", "epochs": 1}}
-    if metric is not None:
-        said["evaluation"] = {"data": "e.npz", "target": "y", "metric": metric}
-    return ModelConfig.model_validate(said)
+def linear(classes: int = 2) -> nn.Linear:
+    """An untrained teacher or student of `points`."""
+    torch.manual_seed(0)
+    return nn.Linear(4, classes).eval()
+
+
+def taught(module: nn.Module, teacher: nn.Module, given: Ingredients, recover: Recover) -> Any:
+    """A copy after training, as its weights."""
+    learner: Any = copy.deepcopy(module)
+    finetune(learner, teacher, given, recover=recover)
+    return learner.weight
 
 
 @pytest.mark.parametrize(
@@ -38,26 +46,188 @@ def training(task: str, metric: str | None = None) -> ModelConfig:
 )
 def test_only_class_numbers_are_learnt_as_classes(tmp_path: Path, task: str, metric: str | None, learns: bool) -> None:
     """A module that already answers like its teacher has nothing to learn, unless its integer targets are classes."""
-    torch.manual_seed(0)
-    teacher = torch.nn.Linear(4, 8).eval()
-    module = copy.deepcopy(teacher)
-    generator = np.random.default_rng(0)
-    samples = Samples({"input": generator.normal(size=(64, 4)).astype(np.float32)}, generator.integers(0, 8, 64))
-    graph = tmp_path / "g.onnx"
-    export_graph(teacher, samples.inputs, graph, batched=True)
-    source = Source(graph, read_signature(graph), 32, teacher)
-    given = ingredients(graph, tmp_path, samples, source=source, training=samples, config=training(task, metric))
-    finetune(module, teacher, given)
-    assert torch.equal(module.weight, teacher.weight) is not learns
+    teacher = linear(8)
+    samples = Samples(points().inputs, np.random.default_rng(0).integers(0, 8, 64))
+    given = lesson(teacher, samples, tmp_path, config(task, metric=metric))
+    assert torch.equal(taught(teacher, teacher, given, "distill"), teacher.weight) is not learns
+    assert torch.equal(taught(teacher, teacher, given, "finetune"), teacher.weight) is not learns
 
 
 def test_a_regression_may_have_whole_numbers_as_targets(tmp_path: Path) -> None:
-    """Ages are no class numbers: most of them are beyond the one output."""
-    teacher = torch.nn.Linear(4, 1).eval()
-    ages = np.random.default_rng(0).integers(18, 90, (64, 1))
-    samples = Samples({"input": np.ones((64, 4), np.float32)}, ages)
-    graph = tmp_path / "g.onnx"
-    export_graph(teacher, samples.inputs, graph, batched=True)
-    source = Source(graph, read_signature(graph), 32, teacher)
-    given = ingredients(graph, tmp_path, samples, source=source, training=samples, config=training("regression"))
-    assert finetune(copy.deepcopy(teacher), teacher, given) == 1
+    """Ages are no class numbers, most of them beyond the one output, but fine-tuning learns them as values."""
+    teacher = linear(1)
+    samples = Samples({"input": np.ones((64, 4), np.float32)}, np.random.default_rng(0).integers(18, 90, (64, 1)))
+    given = lesson(teacher, samples, tmp_path, config("regression"))
+    assert torch.equal(taught(teacher, teacher, given, "distill"), teacher.weight)
+    assert not torch.equal(taught(teacher, teacher, given, "finetune"), teacher.weight)
+
+
+@pytest.mark.parametrize(("recover", "alike"), [("finetune", True), ("distill", False)])
+def test_fine_tuning_never_asks_the_teacher_where_there_are_labels(
+    tmp_path: Path, recover: Recover, alike: bool
+) -> None:
+    """Two teachers that contradict each other leave the same weights behind, unless one learns from them."""
+    module, other = linear(), nn.Linear(4, 2).eval()
+    given = lesson(module, points(), tmp_path)
+    assert torch.equal(taught(module, module, given, recover), taught(module, other, given, recover)) is alike
+
+
+def test_values_of_the_outputs_shape_are_learnt(tmp_path: Path) -> None:
+    """A target [samples] for an output [samples, 1] is its value: the module learns it, not the teacher's zero."""
+    inputs = points(256).inputs
+    samples = Samples(inputs, inputs["input"] @ np.array([1.0, -2.0, 0.5, 3.0], np.float32))
+    silent = linear(1)
+    silent.weight.data.zero_()
+    given = lesson(silent, samples, tmp_path, config("regression", epochs=60, learning_rate=0.1))
+    learnt = taught(linear(1), silent, given, "finetune")
+    torch.testing.assert_close(learnt.flatten(), torch.tensor([1.0, -2.0, 0.5, 3.0]), atol=0.02, rtol=0)
+
+
+def test_without_targets_the_teachers_answers_are_learnt(tmp_path: Path) -> None:
+    """Unlabelled samples are enough to answer like the teacher, on new samples too."""
+    teacher, student = linear(3), nn.Linear(4, 3)
+    given = lesson(teacher, Samples(points(256).inputs), tmp_path, config(epochs=60, learning_rate=0.1))
+    finetune(student, teacher, given, recover="finetune")
+    fresh = torch.from_numpy(points(seed=1).inputs["input"])
+    torch.testing.assert_close(student(fresh), teacher(fresh), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (np.array([0, 1, 2, 1]), "run from 0 to 2, but the model answers with 2 classes: they must be 0 to 1"),
+        (np.array([0, 1, -1, 1]), "run from -1 to 1, but the model answers with 2 classes"),
+        (np.array([0.0, 1.0, 1.0, 0.0]), "one class number per sample, not float64"),
+        (np.array([[0, 1], [1, 0], [0, 0], [1, 1]]), r"of shape \[2\] per sample"),
+    ],
+)
+@pytest.mark.parametrize("recover", ["finetune", "distill"])
+def test_bad_labels_are_refused_by_their_range(tmp_path: Path, labels: Any, said: str, recover: Recover) -> None:
+    """Labels that the model has no output for are a reason for a person, never a crash."""
+    given = lesson(linear(), Samples(points(4).inputs, labels), tmp_path)
+    with pytest.raises(RecipeRejected, match=said):
+        finetune(linear(), linear(), given, recover=recover)
+
+
+def test_training_that_diverges_is_refused(tmp_path: Path) -> None:
+    """A loss that is no number any more is not exported; the message says what to lower."""
+    given = lesson(linear(), points(), tmp_path, config(epochs=3, learning_rate=1e38))
+    with pytest.raises(RecipeRejected, match=r"diverged in epoch \d.*lower `training.learning_rate`"):
+        finetune(linear(), linear(), given)
+
+
+def test_no_training_data_is_a_reason(tmp_path: Path) -> None:
+    """Without data there is nothing to learn from."""
+    with pytest.raises(RecipeRejected, match="add `training:`"):
+        finetune(linear(), linear(), lesson(linear(), points(), tmp_path, training=None))
+
+
+def test_a_recipe_may_ask_for_its_own_epochs(tmp_path: Path) -> None:
+    """Its own number replaces the configured one; `--quick` trains a single epoch all the same."""
+    given = lesson(linear(), points(), tmp_path, config(epochs=3))
+    assert [effort(given)[0], effort(given, 7)[0]] == [3, 7]
+    assert finetune(linear(), linear(), lesson(linear(), points(), tmp_path, quick=True), epochs=7) == 1
+
+
+def test_training_is_repeatable_and_reports_its_progress(tmp_path: Path) -> None:
+    """The same ingredients leave the same weights; progress rises to one."""
+    shares: list[float] = []
+    given = lesson(linear(), points(200), tmp_path, config(epochs=2), progress=shares.append)
+    first, second = (taught(linear(), linear(), given, "distill") for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(a < b for a, b in itertools.pairwise(shares[: len(shares) // 2]))
+    assert shares[-1] == 1.0
+
+
+def test_samples_that_cannot_be_stacked_come_one_by_one(tmp_path: Path) -> None:
+    """A model without a batch dimension trains on one sample at a time."""
+    teacher, student = linear(3), nn.Linear(4, 3)
+    given = lesson(teacher, Samples(points().inputs), tmp_path, config(epochs=20, learning_rate=0.1), max_batch=0)
+    finetune(student, teacher, given)
+    torch.testing.assert_close(student.weight, teacher.weight, atol=0.05, rtol=0)
+
+
+def cross_entropy(module: nn.Module) -> Any:
+    """The loss of a classifier by itself."""
+
+    def loss(batch: Batch) -> dict[str, Tensor]:
+        assert batch.target is not None
+        return {"task": nn.functional.cross_entropy(tensors_of(module(*batch.inputs))[0].float(), batch.target)}
+
+    return loss
+
+
+def test_overflowed_steps_are_skipped_and_training_goes_on(tmp_path: Path) -> None:
+    """fp16 with a scale far too large: the first steps overflow and change nothing, the scale falls, the rest learns.
+
+    The very scaler and autocast that CUDA uses, on a CPU.
+    """
+    module, taken = linear(), []
+    batches = Batches(module, lesson(module, points(512), tmp_path))
+    precision = MixedPrecision("cpu", torch.float16, first_scale=2.0**30)
+    step = precision.step
+
+    def noted(loss: Tensor, optimiser: torch.optim.Optimizer) -> bool:
+        before = module.weight.detach().clone()
+        taken.append(step(loss, optimiser))
+        assert torch.equal(before, module.weight) is not taken[-1]
+        return taken[-1]
+
+    precision.step = noted  # type: ignore[method-assign]
+    history = fit(
+        module,
+        cross_entropy(module),
+        batches,
+        epochs=12,
+        learning_rate=0.1,
+        progress=lambda _share: None,
+        precision=precision,
+    )
+    assert not taken[0]
+    assert all(taken[-40:])
+    assert history[-1]["task"] < history[0]["task"] / 3
+    assert module.weight.dtype == torch.float32
+    assert bool(module.weight.isfinite().all())
+
+
+def test_training_in_which_every_step_overflows_is_refused(tmp_path: Path) -> None:
+    """A scaler that never finds a scale leaves the module untrained, which nobody should take for trained."""
+    module = linear()
+    batches = Batches(module, lesson(module, points(), tmp_path))
+    precision = MixedPrecision("cpu", torch.float16, first_scale=2.0**100)
+    with pytest.raises(RecipeRejected, match="every step overflowed"):
+        fit(
+            module,
+            cross_entropy(module),
+            batches,
+            epochs=1,
+            learning_rate=0.1,
+            progress=lambda _share: None,
+            precision=precision,
+        )
+
+
+@pytest.mark.parametrize("reduced", [None, torch.bfloat16])
+def test_without_fp16_nothing_is_scaled(reduced: torch.dtype | None) -> None:
+    """fp32 and bf16 have the range: their step is the optimiser's own, to the bit."""
+    ours, plain = linear(), linear()
+    losses = [(module(torch.ones(2, 4)) ** 2).mean() for module in (ours, plain)]
+    assert MixedPrecision("cpu", reduced).step(losses[0], torch.optim.SGD(ours.parameters(), lr=0.1))
+    losses[1].backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert torch.equal(ours.weight, plain.weight)
+
+
+def test_autocast_computes_in_the_reduced_precision() -> None:
+    """The context that training runs in: products in fp16 there, fp32 where nothing is reduced."""
+    for reduced, expected in ((None, torch.float32), (torch.float16, torch.float16)):
+        with MixedPrecision("cpu", reduced).autocast():
+            assert linear()(torch.ones(2, 4)).dtype == expected
+
+
+def test_a_trained_module_comes_back_ready_to_be_exported(tmp_path: Path) -> None:
+    """In eval mode, on the CPU, in fp32; a dropout that stayed active would give other answers each time."""
+    module = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5))
+    finetune(module, module, lesson(module.eval(), points(), tmp_path))
+    assert not any(layer.training for layer in module.modules())
+    assert {(p.dtype, p.device.type) for p in module.parameters()} == {(torch.float32, "cpu")}

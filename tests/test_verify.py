@@ -14,7 +14,7 @@ from variants.hardware import Hardware
 from variants.model_config import ModelConfig, RepositoryError
 from variants.runtimes.onnxruntime_runtime import OnnxRuntime, OnnxRuntimeSession
 from variants.runtimes.runtime import RuntimeUnavailable
-from variants.variant import Verdict
+from variants.variant import Fidelity, Gate, Verdict
 from variants.verify import Verifier
 
 CPU = Hardware(cores=1, cpu="test")
@@ -63,7 +63,10 @@ def test_what_depends_on_its_batch_is_scored_alone(verifier: Verifier, tmp_path:
 
 
 def test_an_output_without_a_row_per_sample_is_refused(verifier: Verifier, tmp_path: Path) -> None:
-    """A second output that is one row for the whole batch belongs to no sample, whatever the graph declares."""
+    """A second output that is one row for the whole batch belongs to no sample, whatever the graph declares.
+
+    The source's mistake stops the build; a variant has nothing proven, and the reason says why.
+    """
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in "xy")
     z = helper.make_tensor_value_info("z", TensorProto.FLOAT, [None, 2])
     axis = numpy_helper.from_array(np.array([0], np.int64), "axis")
@@ -74,6 +77,31 @@ def test_an_output_without_a_row_per_sample_is_refused(verifier: Verifier, tmp_p
     onnx.save(made, tmp_path / "z.onnx")
     with pytest.raises(RepositoryError, match=r"output 'z' has shape \(1, 2\) for a batch of 8 samples"):
         verifier.verify("fp32", {"model.onnx": tmp_path / "z.onnx"}, "fp32")
+    proofs, gate = verifier.verify("v", {"model.onnx": tmp_path / "z.onnx"}, "fp32")
+    assert (proofs, gate.verdict) == ({}, Verdict.UNVERIFIED)
+    assert "no runtime here could run it: onnxruntime failed: output 'z' of 32 samples has shape [32, 2]" in gate.reason
+
+
+def test_without_data_nothing_but_the_reference_is_verified(verifier: Verifier) -> None:
+    """The verdict says what is missing and how to give it."""
+    verifier.evaluation = None
+    assert verifier.verify("v", {}, "fp32") == (
+        {},
+        Gate(Verdict.UNVERIFIED, "there is no evaluation data; add `evaluation:` to model.yaml"),
+    )
+    assert verifier.verify("fp32", {}, "fp32")[1].verdict is Verdict.PASSED
+
+
+def test_the_card_describes_how_near_the_answers_are(verifier: Verifier, tmp_path: Path) -> None:
+    """The mean over a batch is far from the reference's answers, the same graph is equal, and the reference perfect."""
+    files = {"model.onnx": graph(tmp_path / "same.onnx", "Identity")}
+    for name in ("v", "fp32"):
+        proof = verifier.verify(name, files, "fp32")[0]["onnxruntime"]
+        assert proof.fidelity == Fidelity(1, 1, 0, 0, accuracy_drop_rate=0)
+    negative = verifier.verify("w", {"model.onnx": graph(tmp_path / "less.onnx", "Neg")}, "fp32")[0]["onnxruntime"]
+    assert negative.fidelity is not None
+    assert negative.fidelity.least_cosine == pytest.approx(-1)
+    assert negative.fidelity.accuracy_drop_rate == 1
 
 
 def test_answers_of_another_shape_are_not_compared(verifier: Verifier, tmp_path: Path) -> None:

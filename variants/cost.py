@@ -1,19 +1,26 @@
 """What a variant costs before it ever runs: bytes, compressed bytes, weights, and FLOPs of one sample.
 
-FLOPs count two per multiply-accumulate of the operators that carry the work: convolutions, matrix products and
-recurrent layers, with their quantised counterparts counted alike. Elementwise work, and what lies inside the branches
-of If or the bodies of Loop, is not counted; a layer whose shapes cannot be inferred is not either.
+FLOPs count two per multiply-accumulate of the operators that carry the work: convolutions, matrix products, attention
+and recurrent layers, with their quantised counterparts counted alike. The body of a Scan counts once per step, that of
+a Loop as often as its constant trip count says (else once), an If as its dearer branch. Elementwise work is not
+counted, nor is a layer whose shapes cannot be inferred.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnxruntime
+from onnx import helper, numpy_helper
+
+from variants.runtimes.onnx_signature import nested_graphs
 
 Shape = tuple[int, ...]
 
@@ -43,41 +50,121 @@ def cost_of(artefact: Path) -> Cost:
 
 def count_weights(model: onnx.ModelProto) -> int:
     """The stored numbers: elements of all floating-point and 8-bit constants, quantisation scales included."""
-    constants = [
-        a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"
-    ]
-    tensors = [*model.graph.initializer, *constants]
+    graphs = list(nested_graphs(model.graph))
+    tensors = [tensor for graph in graphs for tensor in (*graph.initializer, *_constants(graph).values())]
     return sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type in _WEIGHT_TYPES)
 
 
 def count_flops(model: onnx.ModelProto) -> int:
     """FLOPs of one sample: every variable dimension counts as 1."""
-    shapes = _shapes(model)
-    return sum(_node_flops(node, shapes) for node in model.graph.node)
+    return 2 * _macs_of_graph(_inferred(model).graph, {}, {})
 
 
-def _shapes(model: onnx.ModelProto) -> dict[str, Shape]:
-    """The shapes of all tensors for a batch of one, as far as ONNX can infer them."""
+def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """The tensors of Constant nodes, by output."""
+    return {
+        node.output[0]: attribute.t
+        for node in graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model for a batch of one, with the shapes of its tensors as far as ONNX can infer them."""
     single = onnx.ModelProto()
-    single.CopyFrom(model)
-    del single.graph.value_info[:]  # the exporter's own notes speak of the variable batch
-    for value in [*single.graph.input, *single.graph.output]:
-        for dim in value.type.tensor_type.shape.dim:
-            if not dim.HasField("dim_value"):
-                dim.dim_value = 1
+    single.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
+    for graph in nested_graphs(single.graph):
+        del graph.value_info[:]  # the exporter's own notes speak of the variable batch
+        for value in [*graph.input, *graph.output]:
+            for dim in value.type.tensor_type.shape.dim:
+                if not dim.HasField("dim_value"):
+                    dim.dim_value = 1
+    folded = _folded(single)
+    for graph in nested_graphs(folded.graph):
+        for node in graph.node:
+            if node.domain == "com.microsoft":
+                _standardise(node, folded.graph)
     try:
-        single = onnx.shape_inference.infer_shapes(single, data_prop=True)
+        return onnx.shape_inference.infer_shapes(folded, data_prop=True)
     except onnx.shape_inference.InferenceError:  # leaves those shapes that the graph itself states
-        single = model
-    values = [*single.graph.input, *single.graph.value_info, *single.graph.output]
-    shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
-    return shapes | {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+        return folded
 
 
-def _node_flops(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int:
+def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its constants computed: exporters leave shapes to arithmetic that ONNX's inference cannot follow.
+
+    As it is where ONNX Runtime cannot load it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    with tempfile.TemporaryDirectory(prefix="gearshift-cost-") as folder:
+        options.optimized_model_filepath = f"{folder}/folded.onnx"
+        try:
+            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            return onnx.load(options.optimized_model_filepath)
+        except Exception:  # its exceptions share no narrower base class
+            return model
+
+
+def _standardise(node: onnx.NodeProto, graph: onnx.GraphProto) -> None:
+    """Put a standard operator of equal shapes and work in the place of one that ONNX cannot infer shapes through."""
+    operator, inputs = {
+        "DynamicQuantizeLSTM": ("LSTM", 8),
+        "DynamicQuantizeMatMul": ("MatMul", 2),
+        "MatMulNBits": ("MatMul", 1),
+        **dict.fromkeys(("BiasGelu", "FastGelu", "Gelu", "QuickGelu"), ("Identity", 1)),
+    }.get(node.op_type, ("", 0))
+    if not operator:
+        return
+    del node.input[inputs:]
+    if node.op_type == "MatMulNBits":  # its weight is packed: say what shape it stands for
+        packed = f"{node.output[0]} weight"
+        shape = [_attribute(node, "K", 0), _attribute(node, "N", 0)]
+        graph.input.append(helper.make_tensor_value_info(packed, onnx.TensorProto.FLOAT, shape))
+        node.input.append(packed)
+    node.op_type, node.domain = operator, ""
+
+
+def _macs_of_graph(graph: onnx.GraphProto, outer: Mapping[str, Shape], counts: Mapping[str, int]) -> int:
+    """Multiply-accumulates of a graph that sees the shapes, and the whole numbers, of the graphs around it."""
+    values = [*graph.input, *graph.value_info, *graph.output]
+    shapes = dict(outer) | {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    tensors = {tensor.name: tensor for tensor in graph.initializer} | _constants(graph)
+    counts = dict(counts) | {
+        name: int(numpy_helper.to_array(tensor).item())
+        for name, tensor in tensors.items()
+        if tensor.data_type == onnx.TensorProto.INT64 and math.prod(tensor.dims) == 1
+    }
+    return sum(_macs_of_node(node, shapes, counts) for node in graph.node)
+
+
+def _macs_of_node(node: onnx.NodeProto, shapes: Mapping[str, Shape], counts: Mapping[str, int]) -> int:
+    inner = [_macs_of_graph(a.g, shapes, counts) for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    if inner:
+        return _times(node, shapes, counts) * max(inner)
     counter = _COUNTERS.get(node.op_type)
     inputs = [shapes.get(name, ()) for name in node.input]
-    return 2 * counter(node, inputs, shapes.get(node.output[0], ())) if counter else 0
+    return counter(node, inputs, shapes.get(node.output[0], ())) if counter else 0
+
+
+def _times(node: onnx.NodeProto, shapes: Mapping[str, Shape], counts: Mapping[str, int]) -> int:
+    """How often a node's inner graph runs, 1 where that is not known."""
+    if node.op_type == "Loop":
+        return counts.get(node.input[0], 1)
+    if node.op_type != "Scan":
+        return 1
+    scanned = _attribute(node, "num_scan_inputs", 1)
+    axis = _attribute(node, "scan_input_axes", [0])[0]
+    shape = shapes.get(node.input[len(node.input) - scanned], ())
+    return shape[axis] if -len(shape) <= axis < len(shape) else 1
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
 def _convolution(weight_at: int) -> Callable[[onnx.NodeProto, Sequence[Shape], Shape], int]:
@@ -102,8 +189,9 @@ def _product(left: int, right: int) -> Callable[[onnx.NodeProto, Sequence[Shape]
     def macs(node: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> int:
         del node
         a, b = inputs[left], inputs[right]
-        if len(b) == 2 and (a or output):
-            return math.prod((output or a)[:-1]) * math.prod(b)
+        rows = next((shape for shape in (output, a) if shape and all(shape)), ())
+        if len(b) == 2 and rows:
+            return math.prod(rows[:-1]) * math.prod(b)
         return math.prod(output) * a[-1] if a and output else 0
 
     return macs
@@ -112,13 +200,23 @@ def _product(left: int, right: int) -> Callable[[onnx.NodeProto, Sequence[Shape]
 def _recurrent(node: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> int:
     """`gates` x hidden x (inputs + hidden) per step and direction; x is [steps, batch, inputs] unless `layout` is 1."""
     del output
-    attributes = {attribute.name: attribute for attribute in node.attribute}
-    hidden = attributes["hidden_size"].i if "hidden_size" in attributes else 0
-    directions = 2 if "direction" in attributes and attributes["direction"].s == b"bidirectional" else 1
-    if not inputs[0]:
+    hidden = _attribute(node, "hidden_size", 0)
+    weights = _GATES[node.op_type] * hidden * hidden + math.prod(inputs[1][1:])  # of one direction; by state, by input
+    directions = 2 if _attribute(node, "direction", b"forward") == b"bidirectional" else 1
+    return math.prod(inputs[0][:2]) * weights * directions if inputs[0] and inputs[1] else 0
+
+
+def _attention(node: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> int:
+    """Each query meets each key, and each value once more; [batch, heads, length, width] or heads side by side."""
+    del output
+    query, key, value = inputs[:3]
+    if node.domain not in ("", "ai.onnx") or not (query and key and value):
         return 0
-    steps, batch, width = inputs[0]
-    return _GATES[node.op_type] * hidden * (width + hidden) * steps * batch * directions
+    if len(query) == 4:
+        batch, heads, length, width = query
+        return batch * heads * length * key[2] * (width + value[3])
+    shared = _attribute(node, "q_num_heads", 1) // _attribute(node, "kv_num_heads", 1)
+    return int(query[0] * query[1] * key[1] * (query[2] + shared * value[2]))
 
 
 _COUNTERS: dict[str, Callable[[onnx.NodeProto, Sequence[Shape], Shape], int]] = {
@@ -135,5 +233,6 @@ _COUNTERS: dict[str, Callable[[onnx.NodeProto, Sequence[Shape], Shape], int]] = 
     "DynamicQuantizeMatMul": _product(0, 1),
     "QLinearMatMul": _product(0, 3),
     "QGemm": _product(0, 3),
+    "Attention": _attention,
     **dict.fromkeys(_GATES, _recurrent),
 }

@@ -19,7 +19,6 @@ from variants.intervals import (
     Bootstrapped,
     Estimate,
     Exact,
-    Floats,
     PairedDrop,
     Proportion,
     Statistic,
@@ -30,7 +29,21 @@ from variants.intervals import (
 )
 from variants.model_config import GateConfig, Metric, RepositoryError, Task
 from variants.runtimes.runtime import Session
-from variants.variant import Evidence, Gate, Interval, Verdict
+from variants.scores import (
+    TEXT,
+    by_row,
+    classes_of,
+    cosines,
+    finite,
+    flat,
+    has_floats,
+    labels_of,
+    macro_f1_of,
+    mean_of,
+    of_samples,
+    r2_of,
+)
+from variants.variant import Evidence, Fidelity, Gate, Interval, Verdict
 
 AGREEMENT_COSINE = 0.98
 """An embedding agrees with fp32's when their cosine is at least this."""
@@ -43,9 +56,6 @@ INVARIANT = 1e-3
 
 INVARIANCE_SAMPLES = 32
 """How many samples are run alone and together to measure batch invariance."""
-
-_TEXT = "OUS"
-_NOT_FLOATS = _TEXT + "biu"  # numpy's kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +92,25 @@ def run_samples(session: Session, inputs: Mapping[str, Array], batch_size: int) 
 
 
 def batch_invariance(session: Session, inputs: Mapping[str, Array], batch_size: int) -> float:
-    """The largest absolute difference between a sample's answer alone and inside a batch; 0 is bit-equal or near it."""
+    """The largest absolute difference between a sample's answer alone and inside a batch; 0 is bit-equal or near it.
+
+    Raises ValueError when an output has another shape in a batch: then it has no row for each sample.
+    """
     if batch_size < 2:
         return 0.0
     some = {name: array[:INVARIANCE_SAMPLES] for name, array in inputs.items()}
     alone, together = run_samples(session, some, 1), run_samples(session, some, batch_size)
+    for spec, a, b in zip(session.outputs, alone, together, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(
+                f"output {spec.name!r} of {len(alone[0])} samples has shape {list(a.shape)} one by one "
+                f"and {list(b.shape)} in batches of {batch_size}"
+            )
     return max(_largest_difference(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def _largest_difference(a: Array, b: Array) -> float:
-    if a.dtype.kind in _TEXT + "b":
+    if a.dtype.kind in TEXT + "b":
         return float(np.any(a != b))
     left, right = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(invalid="ignore"):  # inf - inf
@@ -106,8 +125,8 @@ def compare(answers: Array, reference: Array, target: Array | None, metric: Metr
     """
     n = len(answers)
     agrees = np.zeros(n, np.bool_)
-    if (sane := _finite(answers) & _finite(reference)).any():
-        agrees[sane] = _agrees(answers[sane], reference[sane], task)
+    if (sane := finite(answers) & finite(reference)).any():
+        agrees[sane] = _agrees(of_samples(answers, sane), of_samples(reference, sane), task)
     agreement = Proportion(int(agrees.sum()), n)
     if metric == "agreement":
         return Comparison(agreement, agreement, PairedDrop(n - int(agrees.sum()), 0, n), n)
@@ -127,52 +146,46 @@ def _agrees(answers: Array, reference: Array, task: Task) -> npt.NDArray[np.bool
     Between whole numbers, truths and texts there is no "nearly": a class number beside the right one is another class.
     """
     if task == "classification":
-        return np.asarray(_classes(answers) == _classes(reference))
-    if answers.dtype.kind in _NOT_FLOATS:
+        return np.asarray(classes_of(answers) == classes_of(reference))
+    if not has_floats(answers):
         return np.array([np.array_equal(row, other) for row, other in zip(answers, reference, strict=True)])
     if task == "embedding":
-        return _cosines(answers, reference) >= AGREEMENT_COSINE
-    flat, flat_reference = _rows(answers), _rows(reference)
-    scale = np.sqrt(np.mean(np.sum(flat_reference**2, axis=1)))
-    return np.asarray(np.linalg.norm(flat - flat_reference, axis=1) <= AGREEMENT_TOLERANCE * scale)
-
-
-def _finite(values: Array) -> npt.NDArray[np.bool_]:
-    """Which samples have no NaN and no infinity in them."""
-    if values.dtype.kind in _NOT_FLOATS:
-        return np.ones(len(values), np.bool_)
-    return np.asarray(np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+        return cosines(answers, reference) >= AGREEMENT_COSINE
+    scale = np.sqrt(np.mean(by_row(lambda row: np.sum(row**2, axis=1), reference)))
+    with np.errstate(over="ignore"):
+        distances = by_row(lambda row, other: np.linalg.norm(row - other, axis=1), answers, reference)
+    return np.asarray(distances <= AGREEMENT_TOLERANCE * scale)
 
 
 Estimates = tuple[Estimate, Estimate, Estimate]
 
 
 def _top1(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
-    truth = _labels(target, reference)
-    right, reference_right = ((found == truth) & (found >= 0) for found in (_classes(answers), _classes(reference)))
+    truth = labels_of(target, reference)
+    right, reference_right = ((found == truth) & (found >= 0) for found in (classes_of(answers), classes_of(reference)))
     lost, won = int(np.sum(reference_right & ~right)), int(np.sum(right & ~reference_right))
     return Proportion(int(right.sum()), len(truth)), agreement, PairedDrop(lost, won, len(truth))
 
 
 def _macro_f1(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
-    truth = _labels(target, reference)
-    score, reference_score = (_macro_f1_of(truth, _classes(each)) for each in (answers, reference))
+    truth = labels_of(target, reference)
+    score, reference_score = (macro_f1_of(truth, classes_of(each)) for each in (answers, reference))
     return _resampled(score, reference_score, agreement, np.unique(truth, return_counts=True)[1])
 
 
 def _cosine(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
     truth = reference if target is None else target
-    score, reference_score = (_mean_of(np.maximum(_cosines(each, truth), 0.0)) for each in (answers, reference))
+    score, reference_score = (mean_of(np.maximum(cosines(each, truth), 0.0)) for each in (answers, reference))
     return _resampled(score, reference_score, agreement, np.array([len(truth)]))
 
 
 def _r2(answers: Array, reference: Array, target: Array | None, agreement: Estimate) -> Estimates:
-    truth, guess, reference_guess = _rows(reference if target is None else target), _rows(answers), _rows(reference)
+    truth, guess, reference_guess = flat(reference if target is None else target), flat(answers), flat(reference)
     if truth.shape != guess.shape:
         raise RepositoryError(f"r2 needs a target of the output's shape {guess.shape}, got {truth.shape}")
     if not np.isfinite(truth).all():
         raise RepositoryError("r2 needs finite targets (fp32's own answers where there is no target)")
-    return _resampled(_r2_of(truth, guess), _r2_of(truth, reference_guess), agreement, np.array([len(truth)]))
+    return _resampled(r2_of(truth, guess), r2_of(truth, reference_guess), agreement, np.array([len(truth)]))
 
 
 def _resampled(score: Statistic, reference_score: Statistic, agreement: Estimate, classes: Array) -> Estimates:
@@ -193,90 +206,9 @@ _SCORES: dict[Metric, Callable[[Array, Array, Array | None, Estimate], Estimates
 }
 
 
-def macro_f1(truth: Array, guess: Array) -> float:
-    """The mean over classes that occur of 2·TP/(2·TP+FP+FN), in [0, 1]; -1 is no answer and so never right."""
-    return float(_macro_f1_of(truth, guess)(np.ones((1, len(truth))))[0])
-
-
-def _macro_f1_of(truth: Array, guess: Array) -> Statistic:
-    """`macro_f1` of resamples."""
-    classes = int(max(truth.max(), guess.max())) + 1
-
-    def value(counts: Floats) -> float:
-        hits, real, guessed = (
-            np.bincount(found + 1, weights, classes + 1)[1:]  # without -1
-            for found, weights in ((truth, counts * (truth == guess)), (truth, counts), (guess, counts))
-        )
-        occurs = real + guessed > 0
-        return float(np.mean(2 * hits[occurs] / (real + guessed)[occurs])) if occurs.any() else 0.0
-
-    return lambda resamples: np.array([value(counts) for counts in resamples])
-
-
-def r2(truth: Array, guess: Array) -> float:
-    """The coefficient of determination over all outputs [samples, outputs], clipped to [0, 1]; 0 without variance.
-
-    A guess that is not finite is infinitely wrong.
-    """
-    return float(_r2_of(truth, guess)(np.ones((1, len(truth))))[0])
-
-
-def _r2_of(truth: Array, guess: Array) -> Statistic:
-    """`r2` of resamples, as sums over samples: no resample is copied out, and no product is wider than the counts."""
-    centred = truth - truth.mean(axis=0)
-    columns = np.array_split(centred, -(-centred.shape[1] // len(truth)) or 1, axis=1)
-    squares = np.sum(centred**2, axis=1)
-    with np.errstate(invalid="ignore", over="ignore"):
-        errors = np.sum((truth - guess) ** 2, axis=1)
-    errors = np.fmin(errors, len(truth) * squares.max())  # beyond this r2 is 0 anyway, and 0 · infinity is no number
-
-    def values(counts: Floats) -> Floats:
-        around_zero = counts @ squares
-        spread = around_zero - sum(np.sum((counts @ part) ** 2, axis=1) for part in columns) / len(truth)
-        varies = spread > 1e-12 * around_zero  # less is what rounding leaves of nothing
-        return np.where(varies, np.maximum(0.0, 1 - counts @ errors / np.where(varies, spread, 1.0)), 0.0)
-
-    return values
-
-
-def _mean_of(values: Floats) -> Statistic:
-    return lambda counts: counts @ values / len(values)
-
-
-def _rows(values: Array) -> Floats:
-    if values.dtype.kind in _TEXT:
-        raise RepositoryError("texts have no distance; compare them with the metric `agreement`")
-    return values.reshape(len(values), -1).astype(np.float64)
-
-
-def _cosines(a: Array, b: Array) -> Floats:
-    left, right = _rows(a), _rows(b)
-    if left.shape != right.shape:
-        raise RepositoryError(f"cosine needs a target of the output's shape {left.shape}, got {right.shape}")
-    sane = (_finite(left) & _finite(right))[:, None]
-    left, right = np.where(sane, left, 0.0), np.where(sane, right, 0.0)
-    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    return np.asarray(np.sum(left * right, axis=1) / np.maximum(norms, 1e-30))
-
-
-def _classes(answers: Array) -> Array:
-    """Class numbers [samples], -1 where an answer is not finite."""
-    if answers.ndim != 2 or answers.shape[1] < 2 or answers.dtype.kind in _TEXT:
-        raise RepositoryError(f"classification needs numbers [batch, classes], got {['batch', *answers.shape[1:]]}")
-    return np.where(_finite(answers), answers.argmax(axis=1), -1)
-
-
-def _labels(target: Array | None, reference: Array) -> Array:
-    """Class numbers [samples]: the target, or what the reference says where there is none."""
-    if target is None:
-        return _classes(reference)
-    labels = target.reshape(-1) if target.shape == (len(target), 1) else target
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= reference.shape[1]:
-        raise RepositoryError(f"the target must be class numbers 0..{reference.shape[1] - 1}, one per sample")
-    return labels.astype(np.int64)
-
-
-def evidence(comparison: Comparison, batch_sizes: Sequence[int], invariance: float) -> Evidence:
+def evidence(
+    comparison: Comparison, batch_sizes: Sequence[int], invariance: float, fidelity: Fidelity | None = None
+) -> Evidence:
     """The comparison as it stands on the card; a score's interval never leaves [0, 1]."""
     score = comparison.score.interval()
     return Evidence(
@@ -286,6 +218,7 @@ def evidence(comparison: Comparison, batch_sizes: Sequence[int], invariance: flo
         samples=comparison.samples,
         batch_sizes=tuple(batch_sizes),
         batch_invariance=invariance,
+        fidelity=fidelity,
     )
 
 

@@ -19,6 +19,9 @@ from variants.variant import LatencyProfile
 
 FILE = "measurements.json"
 
+EAGER = "torch"
+"""Beside its runtimes, fp32 of a torch source is measured as the module itself, run eagerly on torch; never served."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
@@ -33,8 +36,8 @@ class LayerTime:
 class Measured:
     """One variant on one runtime, on one thread; `layers` at the batch size of the first latency, dearest first.
 
-    `peak_memory_bytes` is what a process of its own holds at the largest batch beyond what it held before loading;
-    None where that was not measured.
+    `peak_memory_bytes` is the most that a process of its own held while it loaded the variant and ran the largest batch
+    of the profile once, beyond what it held after the runtime's import; None where that was not measured.
     """
 
     profile: LatencyProfile

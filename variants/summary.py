@@ -1,39 +1,46 @@
-"""The last words of a build: a table of all variants, and plain sentences where a recipe did harm."""
+"""The last words of a build: a table of all variants, and plain sentences where a recipe did harm or did not pay.
+
+Rules of this file: speeds are ratios of what was measured in one build, fp32 on ONNX Runtime over the variant; a
+variant is as fast as it is served, one sample after another where batch-mates would change an answer. What has no
+benefit here takes no traffic on a host like this one: a server decides by its own measurements, by the same rules.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from rich.table import Table
 
-from variants.data import Array, Samples
-from variants.measure import find_failures, measure_profiles, synthetic_inputs
+from variants.evaluate import INVARIANT, judge
+from variants.measurements import EAGER, Measured, Measurements
+from variants.model_config import GateConfig
 from variants.repository import RepositoryError, VersionFolder
-from variants.runtimes.runtime import RuntimeUnavailable, Session
-from variants.source import Source
-from variants.variant import REFERENCE, Card, Interval
-from variants.verify import REFERENCE_RUNTIME, Verifier
+from variants.variant import REFERENCE, Card, Interval, Verdict
+from variants.verify import REFERENCE_RUNTIME
 
-SECONDS_PER_SESSION = 0.3
-
-_SLOWER = 0.95
-"""Below this speed-up a variant is called slower; nearer to 1 is within what a busy host does to a measurement."""
-
+_FASTER = 0.97
+"""A latency must be this share of fp32's to count as faster: less is within what a busy host does to a measurement."""
 
 _WORSE = 0.001
 """A proven drop below this is not worth a sentence; the card has it."""
 
 
+Times = Mapping[int, int]
+"""Nanoseconds as served, by how many samples."""
+
+
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """A variant against fp32 on this host: speed-up by batch size, on the runtime that is fastest for it."""
+    """A variant on this host, on the runtime that is fastest for it: speed-up by batch size over fp32 on ONNX Runtime.
+
+    `no_benefit`: at no batch size and on no runtime faster than fp32 on *its* fastest, and not proven better either.
+    """
 
     runtime: str
     speed_ups: Mapping[int, float]
+    no_benefit: bool = False
 
 
 def sound_cards(version: VersionFolder) -> tuple[dict[str, Card], list[str]]:
@@ -54,71 +61,85 @@ def sound_cards(version: VersionFolder) -> tuple[dict[str, Card], list[str]]:
     return cards, said
 
 
-def measure_speeds(
-    version: VersionFolder, cards: Mapping[str, Card], source: Source, samples: Samples | None, verifier: Verifier
-) -> dict[str, Speed]:
-    """The speed of every variant that can run here, on one thread, measured in interleaved rounds with fp32."""
-    sessions = _sessions(version, cards, verifier)
-    reference = (REFERENCE, REFERENCE_RUNTIME)
-    sizes, inputs = sorted({1, max(1, source.max_batch)}), _inputs(source, samples)
-    failures = find_failures(sessions, inputs, sizes)
-    sessions = {key: session for key, session in sessions.items() if key not in failures}
-    if reference not in sessions:
+def speeds(measurements: Measurements, cards: Mapping[str, Card], gate: GateConfig | None = None) -> dict[str, Speed]:
+    """The speed of every variant that was measured; without fp32 there is nothing to compare with.
+
+    Where a variant passes the `gate` on some runtimes only, the others do not count.
+    """
+    reference = measurements.variants.get(REFERENCE, {}).get(REFERENCE_RUNTIME)
+    if reference is None or REFERENCE not in cards:
         return {}
-    budget_s = SECONDS_PER_SESSION * len(sessions)
-    profiles = measure_profiles(sessions, inputs, sizes, budget_s=budget_s)
-    speeds = {}
-    for name in {variant for variant, _ in sessions}:
-        own = {runtime: profiles[name, runtime] for variant, runtime in sessions if variant == name}
-        best = min(own, key=lambda runtime: own[runtime].latencies_ns[-1])
-        ratios = (r / v for r, v in zip(profiles[reference].latencies_ns, own[best].latencies_ns, strict=True))
-        speeds[name] = Speed(best, dict(zip(own[best].batch_sizes, ratios, strict=True)))
-    return speeds
+    unit = _served(reference, cards[REFERENCE], REFERENCE_RUNTIME)
+    times: dict[str, dict[str, Times]] = {}
+    for name in sorted(measurements.variants.keys() & cards.keys()):
+        measured = measurements.variants[name]
+        usable = [runtime for runtime in measured if _may_serve(cards[name], runtime, gate)]
+        times[name] = {runtime: _served(measured[runtime], cards[name], runtime) for runtime in usable}
+    fastest = {name: min(own, key=lambda each: _per_sample(own[each])) for name, own in times.items() if own}
+    base = times[REFERENCE][fastest[REFERENCE]]
+    return {
+        name: Speed(best, _ratios(unit, times[name][best]), _is_of_no_benefit(cards[name], times[name], base))
+        for name, best in fastest.items()
+    }
 
 
-def _sessions(version: VersionFolder, cards: Mapping[str, Card], verifier: Verifier) -> dict[tuple[str, str], Session]:
-    """A session per variant and runtime that has evidence, or that can run it where nothing has any."""
-    sessions = {}
-    for name, card in cards.items():
-        files = {file: version.artefact(name, file) for file in card.artefacts}
-        precision = str(card.requirements.get("precision", ""))
-        for runtime, artefact in verifier.candidates(files, precision):
-            is_fast = runtime.why_not(artefact, precision, verifier.hardware) is None  # not merely emulated here
-            if is_fast and (not card.runtimes or runtime.name in card.runtimes):
-                with suppress(RuntimeUnavailable):
-                    sessions[name, runtime.name] = verifier.load(runtime, artefact, precision, threads=1)
-    return sessions
+def _may_serve(card: Card, runtime: str, gate: GateConfig | None) -> bool:
+    """Whether a runtime passes the gate by itself, where any does; ONNX Runtime is the reference's home."""
+    if card.variant == REFERENCE and runtime in (REFERENCE_RUNTIME, EAGER):
+        return runtime != EAGER
+    proof = card.runtimes.get(runtime)
+    if gate is None or proof is None or card.gate.verdict is not Verdict.PASSED:
+        return True
+    return judge(proof.accuracy_drop, proof.agreement, proof.samples, gate) is Verdict.PASSED
 
 
-def _inputs(source: Source, samples: Samples | None) -> Callable[[int], Mapping[str, Array]]:
-    """Inputs of any batch size: a real sample over and over, or noise where there is no data."""
+def _served(measured: Measured, card: Card, runtime: str) -> Times:
+    """In one batch or, where each sample must run alone, one after another."""
+    profile, proof = measured.profile, card.runtimes.get(runtime)
+    is_invariant = card.parameters.get("batch_invariant") is not False
+    if proof is not None:
+        is_invariant = proof.batch_invariance <= INVARIANT
+    return {
+        size: profile.latency_ns(size) if is_invariant else size * profile.latency_ns(1) for size in profile.batch_sizes
+    }
 
-    def inputs(size: int) -> Mapping[str, Array]:
-        if samples is None:
-            return synthetic_inputs(source.signature.inputs, size, batch_axis=source.max_batch > 0)
-        one = {name: array[0, ...] for name, array in samples.inputs.items()}
-        return {name: np.repeat(a[None], size, axis=0) for name, a in one.items()} if source.max_batch else one
 
-    return inputs
+def _per_sample(times: Times) -> float:
+    """What a server chooses a runtime by."""
+    return sum(ns / size for size, ns in times.items())
 
 
-def table(cards: Mapping[str, Card], speeds: Mapping[str, Speed], title: str) -> Table:
+def _ratios(theirs: Times, ours: Times) -> dict[int, float]:
+    """How many times as fast, by batch size."""
+    return {size: theirs[size] / ns for size, ns in ours.items() if size in theirs}
+
+
+def _is_of_no_benefit(card: Card, times: Mapping[str, Times], base: Times) -> bool:
+    """Nowhere faster than fp32 as it is served, and not proven better."""
+    if card.variant == REFERENCE or any(
+        runtime in card.runtimes and card.runtimes[runtime].accuracy_drop.high < 0 for runtime in times
+    ):
+        return False
+    return not any(ratio > 1 / _FASTER for own in times.values() for ratio in _ratios(base, own).values())
+
+
+def table(cards: Mapping[str, Card], found: Mapping[str, Speed], title: str) -> Table:
     """All variants side by side."""
     result = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    batches = sorted({batch for speed in speeds.values() for batch in speed.speed_ups})
+    batches = sorted({batch for speed in found.values() for batch in speed.speed_ups})
     for column in ("variant", "verdict", "score", "drop", "size", *(f"b={b} vs fp32" for b in batches), "on"):
         align: Literal["left", "right"] = "left" if column in ("variant", "verdict", "on") else "right"
         result.add_column(column, no_wrap=column not in ("score", "drop"), justify=align)
     for name in sorted(cards, key=lambda n: (n != REFERENCE, n)):
-        card, speed = cards[name], speeds.get(name)
+        card, speed = cards[name], found.get(name)
         proof = card.runtimes.get(speed.runtime if speed else "") or next(iter(card.runtimes.values()), None)
         result.add_row(
             name,
-            str(card.gate.verdict),
+            f"{card.gate.verdict}, no benefit" if speed and speed.no_benefit else str(card.gate.verdict),
             _interval(proof.score) if proof else "-",
             _interval(proof.accuracy_drop) if proof else "-",
             _size(card.size_bytes) if card.artefact else "-",
-            *(f"{speed.speed_ups[b]:.2f}x" if speed else "-" for b in batches),
+            *(f"{speed.speed_ups[b]:.2f}x" if speed and b in speed.speed_ups else "-" for b in batches),
             speed.runtime if speed else "-",
         )
     return result
@@ -132,9 +153,9 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
-def sentences(cards: Mapping[str, Card], speeds: Mapping[str, Speed]) -> list[str]:
-    """What a table does not say aloud: which recipes made the model slower, and which passed yet cost accuracy."""
-    said = [_slower(name, speed) for name, speed in sorted(speeds.items())]
+def sentences(cards: Mapping[str, Card], found: Mapping[str, Speed]) -> list[str]:
+    """What a table does not say aloud: which recipes did not pay here, and which passed yet cost accuracy."""
+    said = [_slower(name, speed, found[REFERENCE]) for name, speed in sorted(found.items()) if name != REFERENCE]
     said += [_worse(name, card) for name, card in sorted(cards.items())]
     return [sentence for sentence in said if sentence]
 
@@ -148,9 +169,14 @@ def _worse(name: str, card: Card) -> str:
     return f"{name} is measurably less accurate than fp32: it loses {losses}."
 
 
-def _slower(name: str, speed: Speed) -> str:
-    slow = {batch: ratio for batch, ratio in speed.speed_ups.items() if ratio < _SLOWER}
-    if name == REFERENCE or not slow:
-        return ""
-    where = " and ".join(f"{ratio:.2f}x at batch {batch}" for batch, ratio in slow.items())
-    return f"{name} is slower than fp32 on this host ({where}): this recipe does not pay here."
+def _slower(name: str, speed: Speed, reference: Speed) -> str:
+    """Against fp32 as it is served, on its own fastest runtime."""
+    common = [batch for batch in speed.speed_ups if batch in reference.speed_ups]
+    ratios = {batch: speed.speed_ups[batch] / reference.speed_ups[batch] for batch in common}
+    if not speed.no_benefit:
+        ratios = {batch: ratio for batch, ratio in ratios.items() if ratio < _FASTER}
+    said = ", ".join(f"{ratio:.2f}x at batch {batch}" for batch, ratio in ratios.items())
+    if speed.no_benefit:
+        where = f"nowhere faster than fp32 on {reference.runtime} ({said})"
+        return f"{name} is of no benefit on this host: {where}, so a server here gives it no traffic."
+    return f"{name} is at some batch sizes slower than fp32 on {reference.runtime} ({said})." if ratios else ""

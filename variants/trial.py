@@ -34,10 +34,11 @@ class Tried:
     damage: float
     passes: bool
 
-    def facts(self) -> dict[str, float | bool]:
-        """For the card's findings."""
+    def facts(self) -> dict[str, float | bool | None]:
+        """For the card's findings, as plain JSON: a damage without end is None."""
         found = {"drop": self.drop.value, "agreement": self.agreement.value, "damage": self.damage}
-        return {name: round(value, 6) for name, value in found.items()} | {"passes": self.passes}
+        rounded = {name: round(value, 6) if np.isfinite(value) else None for name, value in found.items()}
+        return rounded | {"passes": self.passes}
 
 
 @dataclass(slots=True)

@@ -57,11 +57,42 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
+class WorstClass:
+    """The class that loses most: fp32's recall on its `samples` minus the variant's, in absolute points."""
+
+    label: int
+    recall_drop: Interval
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How near a variant's answers are to the reference's, in the field's usual measures; None where one is undefined.
+
+    `mse`, `max_abs_difference` and `kl` (nats, KL(reference || variant)) leave out the `not_finite` samples where
+    either answer has a NaN or an infinity. `top1`, `macro_f1` and `mcnemar_p` (exact, two-sided, of top1) need class
+    targets; `worst_class` takes the reference's classes for the truth where there are none.
+    """
+
+    cosine: float | None = None
+    least_cosine: float | None = None
+    mse: float | None = None
+    max_abs_difference: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    macro_f1: float | None = None
+    accuracy_drop_rate: float | None = None
+    mcnemar_p: float | None = None
+    worst_class: WorstClass | None = None
+    not_finite: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """What was measured about one variant on one runtime, on held-out data.
 
     `accuracy_drop` is paired against the reference on the same samples; `batch_invariance` is the largest
-    absolute difference between a sample's answer alone and inside a batch.
+    absolute difference between a sample's answer alone and inside a batch. Cards of older builds have no `fidelity`.
     """
 
     score: Interval
@@ -70,6 +101,7 @@ class Evidence:
     samples: int
     batch_sizes: tuple[int, ...]
     batch_invariance: float
+    fidelity: Fidelity | None = None
 
 
 @dataclass(frozen=True, slots=True)

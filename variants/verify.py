@@ -13,7 +13,6 @@ from pathlib import Path
 from variants.data import Array, Samples
 from variants.evaluate import (
     INVARIANT,
-    Comparison,
     against_itself,
     batch_invariance,
     compare,
@@ -22,6 +21,7 @@ from variants.evaluate import (
     overall,
     run_samples,
 )
+from variants.fidelity import fidelity
 from variants.hardware import Hardware
 from variants.model_config import ModelConfig, RepositoryError
 from variants.runtimes.runtime import Runtime, Session
@@ -51,14 +51,13 @@ class Verifier:
         for runtime, artefact in self.candidates(files, precision):
             try:
                 session = self.load(runtime, artefact, precision)
-                comparison, invariance, sizes = self._measure(session, is_reference=self._is_reference(name, runtime))
+                proof, gate = self._measure(session, is_reference=self._is_reference(name, runtime))
             except RepositoryError:
                 raise
             except Exception as error:  # whatever a runtime cannot do, another may
                 failures.append(f"{runtime.name} failed: {' '.join(str(error).split())[:200]}")
                 continue
-            evidences[runtime.name] = evidence(comparison, sizes, invariance)
-            gates[runtime.name] = explain(comparison, self.config.gate)
+            evidences[runtime.name], gates[runtime.name] = proof, gate
         if not gates and not failures:
             failures = self._why_none(files, precision)
         return evidences, self._verdict(name, gates, failures)
@@ -71,8 +70,8 @@ class Verifier:
                 yield runtime, fitting[0]
 
     def load(self, runtime: Runtime, artefact: Path, precision: str, threads: int | None = None) -> Session:
-        """A session, with all our cores unless told otherwise; fp16 means CUDA. Raises RuntimeUnavailable."""
-        device = "cuda" if precision == "fp16" else "cpu"
+        """A session, on all our cores unless told otherwise; fp16 and TensorRT mean CUDA. Raises RuntimeUnavailable."""
+        device = "cuda" if precision == "fp16" or runtime.name == "tensorrt" else "cpu"
         return runtime.load(artefact, precision=precision, threads=threads or self.hardware.cores, device=device)
 
     def _obstacle(self, runtime: Runtime, artefact: Path, precision: str) -> str | None:
@@ -88,25 +87,33 @@ class Verifier:
     def _is_reference(self, name: str, runtime: Runtime) -> bool:
         return name == REFERENCE and runtime.name == REFERENCE_RUNTIME
 
-    def _measure(self, session: Session, *, is_reference: bool) -> tuple[Comparison, float, list[int]]:
-        """The comparison and the batch invariance of one session, and the batch sizes that it was scored at.
+    def _measure(self, session: Session, *, is_reference: bool) -> tuple[Evidence, Gate]:
+        """The evidence for one session, and the gate's verdict on it.
 
         What batch-mates change is served alone, so it is scored alone.
         """
         if self.evaluation is None:
             raise RuntimeError("verify asks for evaluation samples first")
-        inputs, metric, task = self.evaluation.inputs, self.config.metric, self.config.task
+        inputs, target, metric, task = (
+            self.evaluation.inputs,
+            self.evaluation.target,
+            self.config.metric,
+            self.config.task,
+        )
         if is_reference:
             self._refuse_uneven(session)
         invariance = batch_invariance(session, inputs, self._batch_size)
         size = self._batch_size if invariance <= INVARIANT else 1
-        answers, sizes = run_samples(session, inputs, size)[0], [max(1, size)]
+        answers = run_samples(session, inputs, size)[0]
         if is_reference:
             self._reference = answers
-            return against_itself(answers, self.evaluation.target, metric, task), invariance, sizes
-        if answers.shape != self.reference.shape:
+            comparison = against_itself(answers, target, metric, task)
+        elif answers.shape != self.reference.shape:
             raise ValueError(f"its answers have shape {answers.shape}, the reference's {self.reference.shape}")
-        return compare(answers, self.reference, self.evaluation.target, metric, task), invariance, sizes
+        else:
+            comparison = compare(answers, self.reference, target, metric, task)
+        described = fidelity(comparison, answers, self.reference, target, metric, task)
+        return evidence(comparison, [max(1, size)], invariance, described), explain(comparison, self.config.gate)
 
     def _refuse_uneven(self, session: Session) -> None:
         """Raise RepositoryError unless each output has one row per sample: else no answer belongs to a request."""

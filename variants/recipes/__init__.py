@@ -5,8 +5,12 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from variants.recipes.channels import PruneChannels, prune_channels
-from variants.recipes.dynamic import QuantizeDynamic, quantize_dynamic
+from variants.recipes.distill import Distil, distil
+from variants.recipes.dynamic import QuantizeDynamic, quantize_dynamic, quantize_per_tensor
+from variants.recipes.masks import PruneMasks, prune_masks
+from variants.recipes.mixed import QuantizeMixed, quantize_mixed
 from variants.recipes.precision import make_amp, make_fp32
+from variants.recipes.qat import QuantizeAware, quantize_aware
 from variants.recipes.recipe import Recipe
 from variants.recipes.static import QuantizeStatic, quantize_static
 from variants.recipes.unstructured import PruneUnstructured, prune_unstructured
@@ -16,8 +20,13 @@ RECIPES = MappingProxyType(
         "fp32": Recipe(make_fp32),
         "amp": Recipe(make_amp),
         "int8-dynamic": Recipe(quantize_dynamic, QuantizeDynamic),
-        "int8-static": Recipe(quantize_static, QuantizeStatic),
+        "int8-dynamic-per-tensor": Recipe(quantize_per_tensor, QuantizeDynamic),
+        "int8-static": Recipe(quantize_static, QuantizeStatic, chooses=True),
+        "int8-mixed": Recipe(quantize_mixed, QuantizeMixed, chooses=True),
+        "int8-qat": Recipe(quantize_aware, QuantizeAware, chooses=True),
+        "distilled": Recipe(distil, Distil),
         "prune-channels": Recipe(prune_channels, PruneChannels),
+        "prune-masks": Recipe(prune_masks, PruneMasks),
         "prune-unstructured": Recipe(prune_unstructured, PruneUnstructured),
     }
 )

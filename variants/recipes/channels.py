@@ -1,138 +1,151 @@
 """prune-channels: whole channels go, which makes a model really smaller and faster.
 
-Rules of this file: the layers that produce the outputs keep their width; a pruned module is run, exported and compared
-before anyone sees it; what cannot be pruned soundly is rejected with the reason.
+Rules of this file: torch is imported only when something is pruned. What a channel is, what goes with it and how it is
+taken out: `channel_layers.py`, `channel_trace.py`, `channel_units.py` and `channel_removal.py`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from variants.model_config import Section
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
-from variants.recipes.training import finetune
+from variants.recipes.training import effort, finetune
 from variants.repository import RepositoryError
-from variants.source import example_tensors, export_graph, without_library_noise
+from variants.source import example_tensors, export_graph
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Matmul")
+    from variants.recipes.channel_pruning import Pruning
+
+_SAMPLES = 2
+"""How many real samples a removal is proven on."""
+
+Importance = Literal["l1", "l2", "activation", "taylor", "batchnorm"]
 
 
 class PruneChannels(Section):
-    """`sparsity` is the share of each layer's channels that goes; `recover` is how accuracy comes back."""
+    """`sparsity` is the share of each layer's channels that goes, or `auto` for as much as the gate lets pass.
 
-    sparsity: float = Field(0.5, gt=0, lt=1)
-    recover: Literal["finetune", "none"] = "finetune"
+    `importance` says which channels go, `recover` how accuracy comes back, `steps` in how many rounds of both (the
+    epochs are shared), and `round_to` of what number the widths that stay are multiples.
+    """
+
+    sparsity: float | Literal["auto"] = 0.5
+    importance: Importance = "l1"
+    recover: Literal["distill", "finetune", "none"] = "distill"
+    steps: int = Field(1, ge=1, le=20)
+    round_to: int = Field(4, ge=1)
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _is_share(cls, value: Any) -> Any:
+        if value == "auto" or (isinstance(value, (int, float)) and 0 < value < 1):
+            return value
+        raise ValueError(f"a share of the channels between 0 and 1, or auto, not {value!r}")
 
 
 def prune_channels(ingredients: Ingredients, parameters: PruneChannels) -> Product:
-    """Remove the channels with the smallest L1 norm, with everything that depends on them, then fine-tune.
-
-    Dependencies are followed by Torch-Pruning's graph (Fang et al., DepGraph, CVPR 2023).
-    """
-    import torch
-
-    source = ingredients.source
-    if source.module is None or ingredients.example is None:
+    """Remove the least important channels, with everything that depends on them, and recover the accuracy."""
+    if ingredients.source.module is None:
         raise RecipeRejected(
             "removing channels needs a torch source (module and safetensors); for ONNX there is `pruned-unstructured`"
         )
-    if parameters.recover == "finetune" and ingredients.training is None:
+    if parameters.recover != "none" and ingredients.training is None:
         raise RecipeRejected("recovering from pruning needs training data; add `training:` or say `recover: none`")
-    torch.manual_seed(0)
-    module = copy.deepcopy(source.module)
-    tensors = example_tensors(source.module, ingredients.example.inputs, 2, batched=source.max_batch > 0)
-    before = _count(module)
-    _remove_channels(module, tensors, parameters.sparsity)
-    facts: dict[str, object] = {"weights_before": before, "weights_after": _count(module)}
-    if parameters.recover == "finetune":
-        facts["finetune_epochs"] = finetune(module, source.module, ingredients)
-    target = ingredients.work / "pruned.onnx"
-    try:
-        export_graph(module.eval(), ingredients.example.inputs, target, batched=source.max_batch > 0)
-    except RepositoryError as error:
-        raise RecipeRejected(f"the pruned module cannot be exported: {error}") from error
-    return Product({"model.onnx": target}, facts=facts, module=module)
+    if parameters.sparsity == "auto":
+        from variants.recipes.channel_search import SparsitySearch
+
+        search = SparsitySearch(ingredients, parameters)
+        search.run()
+        pruning, epochs, tried = search.best, search.epochs, search.tried
+    else:
+        pruning, tried = start(ingredients.source.module, ingredients, parameters), []
+        epochs = _in_rounds(pruning, ingredients, parameters, parameters.sparsity)
+    target = exported(pruning.module, ingredients, "pruned.onnx")
+    facts = {
+        "weights_before": pruning.weights_before,
+        "weights_after": pruning.weights,
+        "sparsity_reached": round(pruning.sparsity, 4),
+        "epochs": epochs,
+    }
+    findings = pruning.findings() | ({"sparsity": tried} if tried else {})
+    return Product({"model.onnx": target}, facts=facts, findings=findings, module=pruning.module)
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def narrower(module: nn.Module, tensors: Mapping[str, torch.Tensor], sparsity: float) -> nn.Module:
+    """A copy without this share of its channels, the smallest by L1 norm. Raises RecipeRejected if none can go.
+
+    `tensors` are real samples in the order of `forward`.
+    """
+    from variants.recipes.channel_pruning import Pruning
+    from variants.recipes.importance import norms
+
+    pruning = Pruning(module, list(tensors.values()), lambda _module, structure: [norms(structure, 1)], round_to=1)
+    pruning.to(sparsity)
+    return pruning.module
 
 
-def _remove_channels(module: nn.Module, tensors: dict[str, Any], sparsity: float) -> None:
-    """Prune in place. Raises RecipeRejected when the result does not run, changes its outputs or is no smaller."""
+def start(module: nn.Module, ingredients: Ingredients, parameters: PruneChannels) -> Pruning:
+    """A copy of a module, with all its channels. Raises RecipeRejected without samples to run it on."""
     import torch
 
-    before, shapes = _count(module), [value.shape for value in _leaves(module(*tensors.values()))]
-    ignored = _output_layers(module, tensors)
+    from variants.recipes.channel_pruning import Pruning
+    from variants.recipes.importance import values_of
+
+    if ingredients.example is None:
+        raise RecipeRejected("removing channels needs samples to run the module on; add `evaluation:` data")
+    torch.manual_seed(0)
+    batched = ingredients.source.max_batch > 0
+    tensors = example_tensors(module, ingredients.example.inputs, _SAMPLES, batched=batched)
+    measure = partial(values_of, parameters.importance, ingredients)
+    return Pruning(module, list(tensors.values()), measure, parameters.round_to)
+
+
+def _in_rounds(pruning: Pruning, ingredients: Ingredients, parameters: PruneChannels, sparsity: float) -> int:
+    """Prune and recover in as many steps as asked for; returns the epochs.
+
+    Every step keeps the same share of what the one before left. The steps share the epochs; the last, after which
+    nothing more goes, has half of them.
+    """
+    total = 0 if parameters.recover == "none" else effort(ingredients)[0]
+    done, steps = 0, parameters.steps
+    for step in range(1, steps + 1):
+        pruning.to(1 - (1 - sparsity) ** (step / steps))
+        until = total if step == steps else total * step // (2 * (steps - 1))
+        part = (done / max(1, total), (until - done) / max(1, total))
+        done += recover(pruning.module, ingredients, parameters, until - done, part)
+    return done
+
+
+def recover(
+    module: nn.Module, ingredients: Ingredients, parameters: PruneChannels, epochs: int, part: tuple[float, float]
+) -> int:
+    """Train a pruned module; returns the epochs. `part` is where this begins in all that is done, and its share."""
+    teacher = ingredients.teacher or ingredients.source.module
+    if parameters.recover == "none" or epochs == 0 or teacher is None:
+        return 0
+    begun, share = part
+    partly = replace(ingredients, progress=lambda done: ingredients.progress(begun + share * done))
+    return finetune(module, teacher, partly, recover=parameters.recover, epochs=epochs)
+
+
+def exported(module: nn.Module, ingredients: Ingredients, name: str) -> Path:
+    """The module as a graph in the recipe's folder. Raises RecipeRejected."""
+    source, target = ingredients.source, ingredients.work / name
+    if ingredients.example is None:
+        raise RecipeRejected("exporting a pruned module needs samples; add `evaluation:` data")
     try:
-        with without_library_noise():
-            import torch_pruning
-
-            torch_pruning.pruner.MagnitudePruner(
-                module,
-                tuple(tensors.values()),
-                importance=torch_pruning.importance.MagnitudeImportance(p=1),
-                pruning_ratio=sparsity,
-                ignored_layers=ignored,
-            ).step()
-        with torch.no_grad():
-            pruned_shapes = [value.shape for value in _leaves(module(*tensors.values()))]
-    except Exception as error:  # a module that hard-codes its widths fails in its own way
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise RecipeRejected(f"its channels cannot be removed soundly ({why})") from error
-    if pruned_shapes != shapes:
-        raise RecipeRejected("pruning would change the shape of an output")
-    if _count(module) >= before:
-        raise RecipeRejected("no channel could be removed")
-
-
-def _leaves(answer: Any) -> list[torch.Tensor]:
-    """The tensors a module returned."""
-    if isinstance(answer, dict):
-        return list(answer.values())
-    return list(answer) if isinstance(answer, (tuple, list)) else [answer]
-
-
-def _output_layers(module: nn.Module, tensors: dict[str, Any]) -> list[nn.Module]:
-    """The layers whose channels are the outputs': the first weighted ones met from each output backwards."""
-    owners = {id(p): layer for layer in module.modules() for p in layer.parameters(recurse=False)}
-    found: list[nn.Module] = []
-    for output in _leaves(module(*tensors.values())):
-        found += [owners[id(p)] for p in _nearest_weights(output.grad_fn) if id(p) in owners]
-    return list(dict.fromkeys(found))
-
-
-def _nearest_weights(start: Any) -> Iterator[Any]:
-    """Walk autograd's graph back from an output, not beyond the first product on each path."""
-    waiting, seen = [start], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-            continue
-        following = [child for child, _ in node.next_functions]
-        is_product = any(name in node.name() for name in _PRODUCTS)
-        waiting += [child for child in following if not is_product or _leads_to_weight(child)]
-
-
-def _leads_to_weight(node: Any) -> bool:
-    """Whether a product's operand is a parameter, at most transposed or expanded on its way."""
-    for _ in range(3):
-        if node is None or hasattr(node, "variable"):
-            return node is not None
-        children = [child for child, _ in node.next_functions]
-        if len(children) != 1:
-            return False
-        node = children[0]
-    return False
+        inputs, batched = ingredients.example.inputs, source.max_batch > 0
+        export_graph(module.eval(), inputs, target, batched=batched, axes=source.axes)
+    except RepositoryError as error:
+        raise RecipeRejected(f"the pruned module cannot be exported: {error}") from error
+    return target

@@ -1,150 +1,235 @@
 """int8-dynamic: constant weights in signed bytes per column, activations in unsigned bytes scaled at run time.
 
-Rules of this file: every row of activations has its own scale, so that batch-mates change no answer; convolutions are
-never quantised dynamically (their integer kernels are slower than fp32). Files stay in the recipe's folder.
+Rules of this file: convolutions are never quantised dynamically (their integer kernels are slower than fp32). In
+`int8-dynamic` batch-mates change no answer, to the bit: every row of activations has a scale of its own, and what
+cannot have one stays in floating point. `int8-dynamic-per-tensor` is ONNX Runtime's own arithmetic, with one scale for
+a whole tensor: faster, but a sample's answer depends on who shares its batch, so it must run within one request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from variants.recipes.graph import at_least_opset, finished, folded
+from variants.data import spread
+from variants.recipes.calibration import Activations
+from variants.recipes.graph import finished, folded
 from variants.recipes.int8 import MATRIX_OPERATORS, Int8
+from variants.recipes.ranges import KnownRanges, Range
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
+from variants.recipes.recurrent import RECURRENT_OPERATORS, Recurrent, read_layer, write_gru, write_lstm
+from variants.recipes.rowwise import LEAST_OPSET, RowWise
 from variants.runtimes.onnx_signature import nested_graphs
 from variants.source import without_library_noise
 
-_RECURRENT = ("LSTM",)
-_LEAST_OPSET = 18  # ReduceMax takes its axes as an input from here on
+_LEAST_WORK = 100.0
+"""Multiply-accumulates per element read or written, k·n / (k + n), from which on a product gets faster (measured)."""
+
+_SAMPLES, _QUICK_SAMPLES = 256, 64
 
 
 class QuantizeDynamic(Int8):
     """Nothing beyond the range of the weights."""
 
 
-def quantize_dynamic(ingredients: Ingredients, parameters: QuantizeDynamic) -> Product:
-    """Quantise products with constant weights; every row of activations gets its own scale, at run time.
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A MatMul or Gemm of activations with a constant matrix [k, n], `alpha` included."""
 
-    A scale per row, unlike ONNX Runtime's one per tensor, keeps a sample's answer the same to the bit whoever shares
-    its batch. LSTM layers use ONNX Runtime's operator, which has one scale per tensor: the card says so.
+    node: onnx.NodeProto
+    weight: npt.NDArray[np.float64]
+
+    @property
+    def pays(self) -> bool:
+        return self.weight.size / sum(self.weight.shape) >= _LEAST_WORK
+
+
+@dataclass(slots=True)
+class _Layers:
+    """The layers of a graph by the first tensor they make: those to quantise, and why others keep to floats."""
+
+    chosen: dict[str, _Matrix | Recurrent] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def quantize_dynamic(ingredients: Ingredients, parameters: QuantizeDynamic) -> Product:
+    """Quantise products with constant weights, LSTM and GRU; every sample's answer is its own.
+
+    The input of an LSTM needs a range: what makes it says so (another LSTM, a sigmoid, an embedding), or calibration
+    data do. Layers too small to gain stay in floating point, unless all are. Raises RecipeRejected.
     """
     reduce_range = parameters.reduces_range(ingredients.hardware)
-    graph, recurrent = _quantise_recurrent(ingredients, reduce_range=reduce_range)
-    model = at_least_opset(onnx.load(graph), _LEAST_OPSET)
-    products = _rewrite_products(model.graph, 63 if reduce_range else 127)
-    if products + recurrent == 0:
-        raise RecipeRejected("nothing to quantise: no MatMul, Gemm or LSTM with constant weights")
+    graph = folded(ingredients.source.graph, ingredients.work, least_opset=LEAST_OPSET)
+    model = onnx.load(graph)
+    known = KnownRanges(model.graph)
+    layers = _find_layers(model.graph, known)
+    seen = _observe(ingredients, graph, layers, known)
+    _leave_small(layers)
+    if not layers.chosen:
+        reasons = "; ".join(f"{name}: {why}" for name, why in layers.left.items())
+        raise RecipeRejected(f"nothing to quantise: {reasons or 'no MatMul, Gemm, LSTM or GRU with constant weights'}")
+    _rewrite(model.graph, layers, known, seen, RowWise(63 if reduce_range else 127))
     target = finished(ingredients, model, "int8-dynamic.onnx")
     facts = {
-        "quantised_layers": products + recurrent,
-        "batch_invariant": recurrent == 0,
+        "quantised_layers": len(layers.chosen),
+        "float_layers": len(layers.left),
+        "batch_invariant": True,
         "reduce_range": reduce_range,
     }
-    return Product({"model.onnx": target}, precision="int8", facts=facts)
+    findings = {"float_layers": layers.left, "input_ranges": {name: list(span) for name, span in seen.items()}}
+    return Product({"model.onnx": target}, precision="int8", facts=facts, findings=findings)
 
 
-def _rewrite_products(graph: onnx.GraphProto, limit: int) -> int:
-    """Replace every MatMul and Gemm that has a constant matrix; returns how many."""
+def quantize_per_tensor(ingredients: Ingredients, parameters: QuantizeDynamic) -> Product:
+    """Quantise products with constant weights and LSTM as ONNX Runtime does, with one scale for a whole tensor."""
+    reduce_range = parameters.reduces_range(ingredients.hardware)
+    target = ingredients.work / "per-tensor.onnx"
+    with without_library_noise():
+        from onnxruntime.quantization import QuantType
+        from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
+
+        ort_quantize_dynamic(
+            folded(ingredients.source.graph, ingredients.work),
+            target,
+            op_types_to_quantize=[*MATRIX_OPERATORS, "LSTM"],
+            per_channel=True,
+            reduce_range=reduce_range,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    model = onnx.load(target)
+    layers = sum(node.op_type in ("MatMulInteger", "DynamicQuantizeLSTM") for node in model.graph.node)
+    if layers == 0:
+        raise RecipeRejected("nothing to quantise: no MatMul, Gemm or LSTM with constant weights")
+    made = finished(ingredients, model, "int8-dynamic-per-tensor.onnx")
+    facts = {"quantised_layers": layers, "batch_invariant": False, "reduce_range": reduce_range}
+    return Product({"model.onnx": made}, precision="int8", facts=facts)
+
+
+def _find_layers(graph: onnx.GraphProto, known: KnownRanges) -> _Layers:
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    count = 0
+    layers = _Layers()
     for node in graph.node:
-        replacement = list(_integer_product(graph, node, constants, limit, count)) if _fits(node, constants) else [node]
-        count += replacement[0] is not node
-        nodes.extend(replacement)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    _drop_unused_weights(graph)
-    return count
+        found: _Matrix | Recurrent | str | None = None
+        if node.op_type in MATRIX_OPERATORS:
+            found = _read_matrix(node, constants)
+        elif node.op_type in RECURRENT_OPERATORS:
+            found = read_layer(node, constants, known)
+        if isinstance(found, str):
+            layers.left[_name(node)] = found
+        elif found is not None:
+            layers.chosen[_name(node)] = found
+    return layers
 
 
-def _drop_unused_weights(graph: onnx.GraphProto) -> None:
-    """Remove the weights that nothing reads any more, a branch or loop body included, and their listing as inputs."""
-    inner = list(nested_graphs(graph))
-    used = {name for each in inner for node in each.node for name in node.input}
-    used |= {value.name for each in inner for value in each.output}
-    unused = {tensor.name for tensor in graph.initializer} - used
-    for field in (graph.initializer, graph.input):
-        kept = [value for value in field if value.name not in unused]
-        del field[:]
-        field.extend(kept)
+def _name(node: onnx.NodeProto) -> str:
+    return next(str(output) for output in node.output if output)
 
 
-def _fits(node: onnx.NodeProto, constants: dict[str, Any]) -> bool:
-    """Whether the node is a plain product of activations [..., k] with a constant float matrix."""
-    if node.op_type not in MATRIX_OPERATORS or node.input[1] not in constants or node.input[0] in constants:
-        return False
-    weight = constants[node.input[1]]
-    is_float_matrix = len(weight.dims) == 2 and weight.data_type == onnx.TensorProto.FLOAT
-    return is_float_matrix and not _attribute(node, "transA", 0)
+def _read_matrix(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> _Matrix | str | None:
+    """The product of a node, the reason why it stays in floating point, or None where it has no weights."""
+    if node.input[1] not in constants:
+        return None
+    tensor = constants[node.input[1]]
+    if len(tensor.dims) != 2 or tensor.data_type != onnx.TensorProto.FLOAT:
+        return "its weight is not a matrix of 32-bit floats"
+    if _attribute(node, "transA", 0):
+        return "its activations are transposed"
+    weight = numpy_helper.to_array(tensor).astype(np.float64) * _attribute(node, "alpha", 1.0)
+    return _Matrix(node, weight.T if _attribute(node, "transB", 0) else weight)
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: float) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
-def _integer_product(
-    graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[str, Any], limit: int, index: int
-) -> Iterator[onnx.NodeProto]:
-    """The nodes of one product: row scales, U8 activations, MatMulInteger, both scales back, bias."""
-    weight = numpy_helper.to_array(constants[node.input[1]]).astype(np.float64) * _attribute(node, "alpha", 1.0)
-    weight = weight.T if _attribute(node, "transB", 0) else weight
-    column_scale = np.maximum(np.abs(weight).max(axis=0), 1e-12) / limit
-    stem = f"int8_{index}"
+def _observe(ingredients: Ingredients, graph: Path, layers: _Layers, known: KnownRanges) -> Mapping[str, Range]:
+    """The ranges of inputs that nothing is known of, from calibration data; layers without stay in floating point."""
+    recurrent = {name: layer for name, layer in layers.chosen.items() if isinstance(layer, Recurrent)}
+    unknown = {n: layer.input for n, layer in recurrent.items() if layer.needs_range and known.of(layer.input) is None}
+    if not unknown:
+        return {}
+    if ingredients.calibration is None:
+        for name in unknown:
+            del layers.chosen[name]
+            layers.left[name] = "the range of its input is not known; add `calibration:` to model.yaml"
+        return {}
+    config = ingredients.config.calibration
+    most = config.samples if config else _SAMPLES
+    samples = spread(ingredients.calibration, min(most, _QUICK_SAMPLES) if ingredients.quick else most)
+    names, source = list(unknown.values()), ingredients.source
+    activations = Activations(graph, names, samples, source.max_batch, ingredients.hardware.cores)
+    observed = activations.observe(histograms=False)
+    return {name: (float(each.lowest), float(each.highest)) for name, each in observed.items()}
 
-    def constant(name: str, value: Any, dtype: type) -> str:
-        graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype), f"{stem}_{name}"))
-        return f"{stem}_{name}"
 
-    def step(operator: str, inputs: list[str], name: str, **attributes: int) -> onnx.NodeProto:
-        return helper.make_node(operator, inputs, [f"{stem}_{name}"], f"{stem}_{name}", **attributes)
+def _leave_small(layers: _Layers) -> None:
+    """Leave what would not get faster in floating point; if that is all there is, bytes at least take less room."""
+    small = [name for name, layer in layers.chosen.items() if not layer.pays]
+    if len(small) < len(layers.chosen):
+        for name in small:
+            del layers.chosen[name]
+            layers.left[name] = "too small to gain"
 
-    x, zero_point = node.input[0], constant("zero_point", 128, np.uint8)
-    yield step("Abs", [x], "magnitude")
-    yield step("ReduceMax", [f"{stem}_magnitude", constant("last_axis", [-1], np.int64)], "largest", keepdims=1)
-    yield step("Div", [f"{stem}_largest", constant("levels", 127, np.float32)], "rough_scale")
-    yield step("Max", [f"{stem}_rough_scale", constant("tiny", 1e-12, np.float32)], "row_scale")  # a row of zeros
-    yield step("Div", [x, f"{stem}_row_scale"], "unit")
-    yield step("QuantizeLinear", [f"{stem}_unit", constant("one", 1.0, np.float32), zero_point], "bytes")
-    integers = constant("weight", np.clip(np.rint(weight / column_scale), -limit, limit), np.int8)
-    yield step("MatMulInteger", [f"{stem}_bytes", integers, zero_point], "sums")
-    yield step("Cast", [f"{stem}_sums"], "product", to=onnx.TensorProto.FLOAT)
-    yield step("Mul", [f"{stem}_product", f"{stem}_row_scale"], "by_row")
-    scales = constant("column_scale", column_scale, np.float32)
-    bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
-    if bias is None:
-        yield helper.make_node("Mul", [f"{stem}_by_row", scales], [node.output[0]], stem)
+
+def _rewrite(
+    graph: onnx.GraphProto, layers: _Layers, known: KnownRanges, seen: Mapping[str, Range], write: RowWise
+) -> None:
+    """Put integer products in the place of the chosen layers."""
+    for node in graph.node:
+        layer = layers.chosen.get(_name(node)) if any(node.output) else None
+        if isinstance(layer, _Matrix):
+            _write_matrix(write, layer)
+        elif layer is None:
+            write.nodes.append(node)
+        elif layer.needs_range:
+            inputs = known.of(layer.input) or seen[layer.input]
+            write_lstm(write, layer, inputs, clip=layer.input in seen)
+        else:
+            write_gru(write, layer)
+    del graph.node[:]
+    graph.node.extend(write.nodes)
+    graph.initializer.extend(write.constants)
+    _drop_unused(graph)
+
+
+def _write_matrix(write: RowWise, layer: _Matrix) -> None:
+    """The product, and the bias where there is one."""
+    node = layer.node
+    bias = node.input[2] if len(node.input) > 2 else ""
+    if not bias:
+        write.product(node.input[0], layer.weight, node.output[0])
         return
-    yield step("Mul", [f"{stem}_by_row", scales], "by_column")
     if (beta := _attribute(node, "beta", 1.0)) != 1.0:
-        yield step("Mul", [bias, constant("beta", beta, np.float32)], "bias")
-        bias = f"{stem}_bias"
-    yield helper.make_node("Add", [f"{stem}_by_column", bias], [node.output[0]], stem)
+        bias = write.add("Mul", [bias, write.constant(beta, np.float32)])
+    write.add("Add", [write.product(node.input[0], layer.weight), bias], node.output[0])
 
 
-def _quantise_recurrent(ingredients: Ingredients, *, reduce_range: bool) -> tuple[Path, int]:
-    """The folded graph with its LSTM layers in ONNX Runtime's own dynamic quantisation, and how many there are."""
-    graph = folded(ingredients.source.graph, ingredients.work)
-    if not any(node.op_type in _RECURRENT for node in onnx.load(graph).graph.node):
-        return graph, 0
-    target = ingredients.work / "recurrent.onnx"
-    with without_library_noise():
-        from onnxruntime.quantization import QuantType
-        from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove the nodes and weights that nothing reads any more, and such weights' listing as inputs."""
+    used, nodes = {value.name for value in graph.output}, []
+    for node in reversed(graph.node):
+        if used.intersection(node.output):
+            nodes.append(node)
+            used |= _reads(node)
+    del graph.node[:]
+    graph.node.extend(reversed(nodes))
+    unused = {tensor.name for tensor in graph.initializer} - used
+    for values in (graph.initializer, graph.input):
+        kept = [value for value in values if value.name not in unused]
+        del values[:]
+        values.extend(kept)
 
-        ort_quantize_dynamic(
-            graph,
-            target,
-            op_types_to_quantize=list(_RECURRENT),
-            per_channel=True,
-            reduce_range=reduce_range,
-            weight_type=QuantType.QInt8,
-        )
-    layers = sum(node.op_type == "DynamicQuantizeLSTM" for node in onnx.load(target).graph.node)
-    return (target, layers) if layers else (graph, 0)
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """The tensors that a node needs, those that its branches or its body read included."""
+    inner = [graph for each in node.attribute if each.HasField("g") for graph in nested_graphs(each.g)]
+    names = {name for graph in inner for each in graph.node for name in each.input}
+    return {*node.input, *names, *(value.name for graph in inner for value in graph.output)}

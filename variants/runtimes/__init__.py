@@ -8,11 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 from variants.runtimes.onnxruntime_runtime import OnnxRuntime
 from variants.runtimes.openvino_runtime import OpenVino
 from variants.runtimes.runtime import Runtime
+from variants.runtimes.tensorrt_runtime import TensorRt
 from variants.runtimes.torch_runtime import TorchRuntime
 
 _DISTRIBUTIONS = {  # one runtime may come under several names
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     "torch": ("torch",),
 }
 
@@ -22,7 +24,7 @@ def available_runtimes(concurrency: int = 1) -> dict[str, Runtime]:
 
     `concurrency` is how many executors will call one session at the same time.
     """
-    runtimes: list[Runtime] = [OnnxRuntime(), OpenVino(concurrency), TorchRuntime()]
+    runtimes: list[Runtime] = [OnnxRuntime(), OpenVino(concurrency), TensorRt(), TorchRuntime()]
     return {runtime.name: runtime for runtime in runtimes if importlib.util.find_spec(runtime.name) is not None}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from variants import datatypes
 from variants.hardware import Hardware
 from variants.runtimes.onnx_signature import Signature, read_signature
-from variants.runtimes.runtime import Array, RuntimeUnavailable
+from variants.runtimes.runtime import TENSORRT_SUFFIX, Array, RuntimeUnavailable
 
 _FATAL = 4  # what goes wrong reaches us as an exception; the log would only repeat it on stderr
 
@@ -33,6 +33,8 @@ class OnnxRuntime:
         """The reason not to try, or None; what only the file itself can tell is left to `load`."""
         if artefact.suffix != ".onnx":
             return f"ONNX Runtime reads .onnx files, not {artefact.suffix or artefact.name}"
+        if artefact.name.endswith(TENSORRT_SUFFIX):
+            return f"{artefact.name} is for TensorRT: its signed activations are slow on a CPU"
         if precision == "bf16":
             return "ONNX Runtime has no bf16 kernels for a CPU"
         if precision == "fp16" and not hardware.cuda:
@@ -48,7 +50,7 @@ class OnnxRuntime:
             raise RuntimeUnavailable("ONNX Runtime's CUDA provider has no int8 kernels")
         providers = _providers(device, onnxruntime.get_available_providers())
         try:
-            session = onnxruntime.InferenceSession(artefact, _options(threads), providers=providers)
+            session = onnxruntime.InferenceSession(artefact, session_options(threads), providers=providers)
         except Exception as error:  # its exceptions share no narrower base class
             raise RuntimeUnavailable(f"ONNX Runtime cannot load {artefact.name}: {error}") from error
         if session.get_providers()[0] != _provider_name(providers[0]):  # it falls back to the CPU without raising
@@ -78,7 +80,7 @@ class OnnxRuntimeSession:
         return [np.asarray(answer) for answer in answers]  # a scalar string comes as a bare str
 
 
-def _options(threads: int) -> Any:
+def session_options(threads: int) -> Any:
     """Session options: explicit threads, every fusion, nothing that burns cores while idle."""
     from onnxruntime import ExecutionMode, GraphOptimizationLevel, SessionOptions
 

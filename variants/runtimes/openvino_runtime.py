@@ -19,7 +19,7 @@ import numpy as np
 
 from variants.hardware import Hardware, possible_precision
 from variants.runtimes.onnx_signature import Signature, read_signature
-from variants.runtimes.runtime import Array, RuntimeUnavailable
+from variants.runtimes.runtime import TENSORRT_SUFFIX, Array, RuntimeUnavailable
 
 _REFUSED = frozenset({"BYTES", "BF16", "FP64", "UINT32", "UINT64"})
 _INT32 = np.iinfo(np.int32)
@@ -42,6 +42,8 @@ class OpenVino:
         """The reason not to try, or None; what only the file itself can tell is left to `load`."""
         if artefact.suffix != ".onnx":
             return f"OpenVINO reads .onnx files here, not {artefact.suffix or artefact.name}"
+        if artefact.name.endswith(TENSORRT_SUFFIX):
+            return f"{artefact.name} is for TensorRT: its signed activations are slow on a CPU"
         if importlib.util.find_spec("openvino") is None:
             return "OpenVINO is not installed (the extra `openvino`)"
         if precision == "fp16":

@@ -18,6 +18,9 @@ from variants.variant import TensorSpec
 
 Array = npt.NDArray[Any]
 
+TENSORRT_SUFFIX = ".tensorrt.onnx"
+"""How an artefact's name ends that is for TensorRT alone."""
+
 
 class RuntimeUnavailable(Exception):
     """This runtime cannot run this artefact on this host; the message says why, for a person."""

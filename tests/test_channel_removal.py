@@ -1,0 +1,148 @@
+"""What keeps its width, and why: a removal that would change more than the channels it takes is undone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from channel_networks import Block, Transformer, encoder_layer
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from variants.recipes.channel_pruning import Pruning
+from variants.recipes.channel_removal import UnsoundRemoval, remove
+from variants.recipes.channel_units import Structure, Values, find_groups, find_structure
+from variants.recipes.channels import narrower
+from variants.recipes.importance import norms
+from variants.recipes.recipe import RecipeRejected
+
+ROWS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Hidden(nn.Module):
+    """[batch, 8] -> 16 hidden channels, something in between -> [batch, 10]."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], width: int = 16) -> None:
+        super().__init__()
+        self.between, self.hidden, self.head = between, nn.Linear(8, 16), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.between(self.hidden(x)))
+        return answer
+
+
+def by_l1(module: nn.Module, structure: Structure) -> list[Values]:
+    """Values as `Pruning` takes them."""
+    del module
+    return [norms(structure, 1)]
+
+
+@pytest.mark.parametrize(
+    ("between", "width", "why"),
+    [
+        (lambda x: x / x.shape[-1] ** 0.5, 16, "the answers depend on how many channels there are"),
+        (lambda x: x.view(-1, 16), 16, "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        (lambda x: x.view(-1, 2, 8).sum(2), 2, "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+    ],
+)
+def test_a_count_in_the_code_is_a_reason(between: Callable[[Tensor], Tensor], width: int, why: str) -> None:
+    """What a module does with the number of its channels is seen when it runs without some of them."""
+    with pytest.raises(RecipeRejected, match=f"no channel can be removed soundly .*hidden: {why}"):
+        narrower(Hidden(between, width).eval(), {"x": ROWS}, 0.5)
+
+
+@pytest.mark.parametrize("between", [lambda x: x.softmax(-1), lambda x: nn.functional.layer_norm(x, x.shape[-1:])])
+def test_channels_that_all_depend_on_one_another_stay(between: Callable[[Tensor], Tensor]) -> None:
+    """A softmax or a normalisation over the channels makes them one unit, and the last unit never goes."""
+    module = Hidden(between).eval()
+    structure = find_structure(module, [ROWS])
+    (group,) = find_groups(structure, [norms(structure, 1)])
+    assert len(group.units) == 1
+    with pytest.raises(RecipeRejected, match="no channel can be removed soundly"):
+        narrower(module, {"x": ROWS}, 0.5)
+
+
+def test_an_unsound_removal_changes_nothing() -> None:
+    """Weights, sizes, attributes and answers are those from before, also after attempts with other attributes."""
+    module = Transformer(lambda: Block("width")).eval()
+    before, kept = copy.deepcopy(module), dict(module.named_parameters())
+    structure = find_structure(module, [IMAGES])
+    groups = {group.layers: group for group in find_groups(structure, [norms(structure, 1)])}
+    with pytest.raises(UnsoundRemoval):
+        remove(module, structure, groups["blocks.0.qkv",], [0, 2], [IMAGES])
+    assert all(value is kept[name] for name, value in module.named_parameters())
+    assert str(module) == str(before)
+    for name, block in module.blocks.named_children():
+        same = {key: value for key, value in vars(block).items() if isinstance(value, int)}
+        assert same == {key: vars(before.get_submodule(f"blocks.{name}"))[key] for key in same}
+    assert torch.equal(module(IMAGES), before(IMAGES))
+    assert not structure.gone.any()
+
+
+@pytest.mark.parametrize("block", [lambda: Block("attribute"), encoder_layer])
+def test_what_a_normalisation_over_all_channels_takes_stays(block: Callable[[], nn.Module]) -> None:
+    """A transformer's residual stream keeps its width, and the findings name the LayerNorm."""
+    pruning = Pruning(Transformer(block).eval(), [IMAGES], by_l1, 1)
+    pruning.to(0.5)
+    assert pruning.module.get_submodule("embed").out_features == 32
+    reasons = pruning.findings()["kept_channels"]
+    assert isinstance(reasons, dict)
+    assert "LayerNorm" in reasons["embed"]
+
+
+def test_outputs_and_shared_weights_keep_their_width() -> None:
+    """An embedding that is also the last layer's weight stays, and so does whatever feeds it."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.up, self.down = nn.Embedding(20, 8), nn.Linear(8, 32), nn.Linear(32, 8)
+            self.head = nn.Linear(8, 20, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.head(self.down(self.up(self.embedding(x)).relu()))
+            return answer
+
+    pruned = narrower(Tied().eval(), {"x": torch.arange(6).reshape(2, 3)}, 0.5)
+    assert [list(value.shape) for value in pruned.parameters()] == [[20, 8], [16, 8], [16], [8, 16], [8]]
+    assert pruned.get_parameter("head.weight") is pruned.get_parameter("embedding.weight")
+
+
+def test_a_computed_weight_keeps_its_width() -> None:
+    """A layer under weight normalisation has no weight of its own to take channels from; the next one has."""
+    layers = [
+        parametrizations.weight_norm(nn.Linear(8, 16)),
+        nn.ReLU(),
+        nn.Linear(16, 12),
+        nn.ReLU(),
+        nn.Linear(12, 10),
+    ]
+    pruned = narrower(nn.Sequential(*layers).eval(), {"x": ROWS}, 0.5)
+    widths = [layer.out_features for layer in pruned.children() if isinstance(layer, nn.Linear)]
+    assert widths == [16, 6, 10]
+
+
+def test_the_given_module_stays_as_it_is() -> None:
+    """What is pruned is a copy, attention included."""
+    module = Transformer(encoder_layer).eval()
+    before = copy.deepcopy(module)
+    narrower(module, {"x": IMAGES}, 0.5)
+    assert str(module) == str(before)
+    assert all(map(torch.equal, module.parameters(), before.parameters()))
+    assert not any("forward" in vars(part) for part in module.modules())
+
+
+def test_rounds_lead_to_the_same_widths() -> None:
+    """Half in two rounds leaves what half in one leaves, and the share is that of the first widths."""
+    module = Transformer(lambda: Block("attribute")).eval()
+    widths = []
+    for sparsities in ([0.5], [0.25, 0.5]):
+        pruning = Pruning(module, [IMAGES], by_l1, 1)
+        for sparsity in sparsities:
+            pruning.to(sparsity)
+        widths.append([list(value.shape) for value in pruning.module.parameters()])
+    assert widths[0] == widths[1]

@@ -1,0 +1,92 @@
+"""What goes with a channel: networks without their dead channels answer as before, however their layers depend."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from channel_networks import CASES, Transformer, encoder_layer
+from torch import nn
+
+from variants.recipes.channel_removal import remove
+from variants.recipes.channel_units import find_groups, find_structure
+from variants.recipes.channels import narrower
+from variants.recipes.importance import norms
+
+IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def kill(module: nn.Module, name: str, channels: list[int]) -> None:
+    """Set the weights of some of a layer's channels to zero; those of a recurrent layer are numbered as its states."""
+    layer = module.get_submodule(name)
+    with torch.no_grad():
+        if not isinstance(layer, nn.RNNBase):
+            for key, value in layer.named_parameters():
+                dim = int(isinstance(layer, (nn.ConvTranspose2d, nn.Embedding)) and key == "weight")
+                value.index_fill_(dim, torch.tensor(channels), 0.0)
+            return
+        for block, suffix in enumerate(("l0", "l0_reverse", "l1", "l1_reverse")[: 1 + 3 * (layer.num_layers > 1)]):
+            units = [c - block * layer.hidden_size for c in channels if c // layer.hidden_size == block]
+            for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                gates = getattr(layer, f"{key}_{suffix}").unflatten(0, (-1, layer.hidden_size))
+                gates[:, units] = 0.0
+
+
+def width(layer: nn.Module) -> int:
+    """How many channels a layer has."""
+    names = ("out_features", "out_channels", "num_features", "num_parameters", "hidden_size", "embedding_dim")
+    return next(int(getattr(layer, name)) for name in names if hasattr(layer, name))
+
+
+def alive(make: nn.Module) -> nn.Module:
+    """The module in eval mode with weights that are far from zero and normalisation that does something."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in make.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and layer.running_var is not None:
+            layer.running_var.uniform_(0.5, 2.0, generator=generator)
+    with torch.no_grad():
+        for value in make.parameters():
+            value.add_(torch.randn(value.shape, generator=generator) * 0.02)
+    return make.eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_its_dead_channels_a_network_answers_as_before(name: str) -> None:
+    """The units that hold the dead channels hold no others, and without them every answer stays."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    module = alive(case.make())
+    for layer, channels in case.dead.items():
+        kill(module, layer, list(channels))
+    pruned = copy.deepcopy(module)
+    structure = find_structure(pruned, [IMAGES])
+    dead = {structure.first[layer] + channel for layer, channels in case.dead.items() for channel in channels}
+    for group in find_groups(structure, [norms(structure, 1)]):
+        going = [position for position, unit in enumerate(group.units) if dead.intersection(unit.tolist())]
+        if going:
+            remove(pruned, structure, group, going, [IMAGES])
+    assert {layer: width(pruned.get_submodule(layer)) for layer in case.left} == case.left
+    unseen = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(unseen), module(unseen), atol=1e-5, rtol=1e-5)
+        assert pruned(unseen).std() > 1e-3  # it still says something
+
+
+def test_torchs_own_attention_loses_whole_heads() -> None:
+    """A TransformerEncoderLayer without its dead heads answers as before, though torch's attention cannot be narrow."""
+    torch.manual_seed(0)
+    module = alive(Transformer(encoder_layer))
+    dead = {"blocks.0": [0, 3], "blocks.1": [1, 2]}
+    with torch.no_grad():
+        for name, heads in dead.items():
+            attention = module.get_submodule(f"{name}.self_attn")
+            for value in (attention.get_parameter("in_proj_weight"), attention.get_parameter("in_proj_bias")):
+                value.view(3, 4, 8, -1)[:, heads] = 0.0
+            kill(module, f"{name}.linear1", list(range(32)))
+    pruned = narrower(module, {"x": IMAGES}, 0.5)
+    layers = ("self_attn.query", "self_attn.out", "linear1")
+    widths = [[width(pruned.get_submodule(f"{name}.{layer}")) for layer in layers] for name in dead]
+    assert widths == [[16, 32, 32]] * 2
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(IMAGES), module(IMAGES), atol=1e-5, rtol=1e-5)

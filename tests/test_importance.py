@@ -1,0 +1,162 @@
+"""Which channels go first: every importance against values worked out by hand, or by the library that defined it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from channel_networks import CASES, Residual
+from recipe_fixtures import CPU
+from torch import Tensor, nn
+
+from variants.data import Samples
+from variants.model_config import ModelConfig
+from variants.recipes.channel_units import find_groups, find_structure, rank
+from variants.recipes.channels import Importance
+from variants.recipes.importance import values_of
+from variants.recipes.recipe import Ingredients, RecipeRejected
+from variants.runtimes.onnx_signature import Signature
+from variants.source import Source
+
+INPUTS = np.tile(np.array([1, 2], np.float32), (4, 1))
+
+
+class Tiny(nn.Module):
+    """[batch, 2] -> three hidden channels -> [batch, 1], with or without normalisation between."""
+
+    def __init__(self, *, norm: bool = False) -> None:
+        super().__init__()
+        self.hidden, self.norm, self.head = (
+            nn.Linear(2, 3),
+            nn.BatchNorm1d(3) if norm else nn.Identity(),
+            nn.Linear(3, 1),
+        )
+        with torch.no_grad():
+            self.hidden.weight.copy_(torch.tensor([[3.0, 0.0], [2.0, -2.0], [-1.0, 1.5]]))
+            self.hidden.bias.zero_()
+            self.head.weight.copy_(torch.tensor([[0.5, 0.25, 2.0]]))
+            self.head.bias.zero_()
+            if norm:
+                self.norm.get_parameter("weight").copy_(torch.tensor([-0.3, 0.2, 0.1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.norm(self.hidden(x)))
+        return answer
+
+
+def given(module: nn.Module, target: Any = None, *, trains: bool = True) -> Ingredients:
+    """What an importance may use: four equal samples, to train on too, and a regression's targets if there are any."""
+    samples = Samples({"x": INPUTS}, target)
+    said: dict[str, Any] = {"task": "regression", "training": {"data": "t.npz", "target": "y"}}
+    source = Source(Path(), Signature((), (), batch_axis=True), 32, module)
+    config = ModelConfig.model_validate(said)
+    return Ingredients(source, samples, config, samples, samples if trains else None, CPU, Path())
+
+
+def scores(importance: Importance, module: nn.Module, ingredients: Ingredients) -> list[float]:
+    """The score of every hidden channel."""
+    structure = find_structure(module.eval(), [torch.from_numpy(INPUTS)])
+    values = values_of(importance, ingredients, module, structure)
+    (group,) = (group for group in find_groups(structure, values) if "hidden" in group.layers)
+    return [float(score) for score in rank(values, group.units)]
+
+
+@pytest.mark.parametrize(
+    ("importance", "by_hand"),
+    [
+        ("l1", [3 + 0.5, 4 + 0.25, 2.5 + 2]),  # the row and the column of each channel
+        ("l2", [9 + 0.25, 8 + 0.0625, 3.25 + 4]),  # their squares
+        ("activation", [3, 2, 2]),  # |w x| with x = (1, 2): 3, 2 - 4, -1 + 3
+    ],
+)
+def test_a_score_is_what_one_works_out_by_hand(importance: Importance, by_hand: list[float]) -> None:
+    """Three rows and three columns of weights, and one input, are few enough to do it."""
+    module = Tiny()
+    assert scores(importance, module, given(module)) == pytest.approx(by_hand)
+
+
+def test_taylor_is_how_the_loss_changes_to_first_order() -> None:
+    """Gradient times weight, summed over a channel's row and column: each is 2 (y - t) v (w x)."""
+    module = Tiny()
+    target = np.full((4, 1), 4.0, np.float32)
+    answer = 0.5 * 3 + 0.25 * -2 + 2 * 2
+    parts = [0.5 * 3, 0.25 * -2, 2 * 2]
+    by_hand = [abs(2 * 2 * (answer - 4) * part) for part in parts]
+    assert scores("taylor", module, given(module, target)) == pytest.approx(by_hand)
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_batch_normalisation_ranks_by_the_size_of_its_scale() -> None:
+    """A negative scale is as important as a positive one."""
+    module = Tiny(norm=True)
+    assert scores("batchnorm", module, given(module)) == pytest.approx([0.3, 0.2, 0.1])
+
+
+def test_what_an_importance_says_nothing_about_is_ranked_by_l1() -> None:
+    """Hidden channels without a normalisation of their own, in a network that has one elsewhere."""
+    module = nn.Sequential(Tiny(), nn.Linear(1, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    structure = find_structure(module.eval(), [torch.from_numpy(INPUTS)])
+    values = values_of("batchnorm", given(module), module, structure)
+    groups = {group.layers[0]: rank(values, group.units).tolist() for group in find_groups(structure, values)}
+    assert groups["0.hidden"] == pytest.approx([3.5, 4.25, 4.5])
+    assert groups["1"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("importance", ["activation", "taylor"])
+@pytest.mark.parametrize("name", ["deep LSTM", "deep GRU", "words", "channels last", "heads inferred"])
+def test_every_unit_gets_a_score_from_data(name: str, importance: Importance) -> None:
+    """In any structure, recurrent units and attention heads included, units differ, and none is without a score."""
+    torch.manual_seed(0)
+    module = CASES[name].make().eval()
+    images = torch.randn(4, 1, 8, 8)
+    samples = Samples({"x": images.numpy()})
+    ingredients = replace(given(module), calibration=samples, training=samples)
+    structure = find_structure(module, [images])
+    values = values_of(importance, ingredients, module, structure)
+    for group in find_groups(structure, values):
+        found = rank(values[:1], group.units)
+        assert (found > 0).all()
+        assert len(set(found.tolist())) == len(group.units)
+
+
+@pytest.mark.parametrize(("importance", "needs"), [("taylor", "training data"), ("batchnorm", "batch normalisation")])
+def test_an_importance_that_lacks_what_it_needs_says_so(importance: Importance, needs: str) -> None:
+    """The reason names what to add or to take instead."""
+    module = Tiny()
+    with pytest.raises(RecipeRejected, match=needs):
+        scores(importance, module, given(module, trains=False))
+
+
+def test_without_targets_taylor_asks_how_the_answers_change() -> None:
+    """A channel that the answers depend on most is the most important: the third, then the first."""
+    module = Tiny()
+    found = scores("taylor", module, given(module))
+    assert np.argsort(found).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "batchnorm"])
+def test_scores_are_torch_prunings(importance: Importance) -> None:
+    """On a residual network with batch normalisation, as the library sums them up over everything that goes."""
+    torch_pruning = pytest.importorskip("torch_pruning")
+    kinds = torch_pruning.importance
+    theirs = {
+        "l1": kinds.MagnitudeImportance(p=1, group_reduction="sum", normalizer=None),
+        "l2": kinds.MagnitudeImportance(p=2, group_reduction="sum", normalizer=None),
+        "batchnorm": kinds.BNScaleImportance(group_reduction="sum", normalizer=None),
+    }[importance]
+    torch.manual_seed(0)
+    module, images = Residual().eval(), torch.randn(2, 1, 8, 8)
+    nn.init.normal_(module.norm.weight)
+    structure = find_structure(module, [images])
+    values = values_of(importance, given(module), module, structure)
+    graph = torch_pruning.DependencyGraph().build_dependency(module, images)
+    groups = {name: group for group in find_groups(structure, values) for name in group.layers}
+    for name in ("first",) if importance == "batchnorm" else ("first", "stem"):
+        layer = module.get_submodule(name)
+        remove = graph.get_pruner_of_module(layer).prune_out_channels
+        wanted = theirs(graph.get_pruning_group(layer, remove, list(range(len(groups[name].units)))))
+        assert rank(values, groups[name].units) == pytest.approx(wanted.tolist())

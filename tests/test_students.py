@@ -1,0 +1,225 @@
+"""Students: how they come from a source, and which are refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from training_fixtures import lesson, points
+
+from variants.data import Samples
+from variants.recipes.recipe import Ingredients, RecipeRejected
+from variants.recipes.shallower import shallower
+from variants.recipes.students import Initial, count_weights, student_of
+
+INPUT = {"input": torch.randn(2, 4)}
+
+
+def stack(blocks: int) -> nn.Sequential:
+    """A network of blocks that do not change the shape, between an entrance and a head."""
+    torch.manual_seed(0)
+    repeated = [layer for _ in range(blocks) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    return nn.Sequential(nn.Linear(4, 8), *repeated, nn.Linear(8, 2)).eval()
+
+
+def make(name: str, given: Ingredients, *, width: float = 0.5, depth: float = 0.5, initial: Initial = "kept") -> Any:
+    """A student with the default shares."""
+    return student_of(name, given, width=width, depth=depth, initial=initial)
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Ingredients:
+    """A fully connected teacher of four blocks."""
+    return lesson(stack(4), points(), tmp_path)
+
+
+@pytest.mark.parametrize(("depth", "kept"), [(0.5, [1, 5]), (0.3, [1, 5]), (0.75, [1, 3, 5]), (0.1, [1])])
+def test_a_shallower_student_keeps_evenly_spread_blocks(depth: float, kept: list[int]) -> None:
+    """Of four Linear-ReLU blocks at 1, 3, 5 and 7 the named ones stay, with their weights; entrance and head too."""
+    teacher: Any = stack(4)
+    student: Any = shallower(teacher, INPUT, depth)
+    left = [teacher[position].weight for position in (0, *kept, 9)]
+    found = [layer.weight for layer in student if isinstance(layer, nn.Linear)]
+    assert len(found) == len(left)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, left, strict=True))
+
+
+class Listed(nn.Module):
+    """Blocks in a list, each with blocks of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(4))
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+        for block in self.blocks:
+            input = input + block(input)  # noqa: A001
+        answer: Tensor = self.head(input)
+        return answer
+
+
+def test_blocks_in_lists_go_whole() -> None:
+    """Two of four blocks go and one of two alike layers of the head, but nothing inside the blocks that stay."""
+    student: Any = shallower(Listed().eval(), INPUT, 0.5)
+    assert [len(student.blocks), len(student.blocks[0]), len(student.head)] == [2, 2, 2]
+
+
+class Counting(Listed):
+    """Blocks that are asked for by their number."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+        answer: Tensor = self.head(self.blocks[3](input))
+        return answer
+
+
+def test_blocks_that_are_counted_on_stay() -> None:
+    """What would not run without its blocks keeps them; other blocks of it still go."""
+    student: Any = shallower(Counting().eval(), INPUT, 0.5)
+    assert [len(student.blocks), len(student.head)] == [4, 2]
+
+
+class Recurrent(nn.Module):
+    """Three recurrent layers over steps [batch, steps, 4]."""
+
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"batch_first": True, "dropout": 0.1, "bidirectional": True}
+        self.recurrent: Any = layer(4, 8, 3, **options)  # type: ignore[arg-type]
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+        answer: Tensor = self.head(self.recurrent(input)[0][:, -1])
+        return answer
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_lose_the_last_of_their_layers(layer: type[nn.RNNBase]) -> None:
+    """Of three layers the first two stay, with their weights; no dropout is left where there is nothing between."""
+    teacher = Recurrent(layer).eval()
+    student: Any = shallower(teacher, {"input": torch.randn(2, 5, 4)}, 0.5)
+    assert [student.recurrent.num_layers, student.recurrent.dropout] == [2, 0.1]
+    assert torch.equal(student.recurrent.weight_hh_l1_reverse, teacher.recurrent.weight_hh_l1_reverse)
+    flat: Any = shallower(teacher, {"input": torch.randn(2, 5, 4)}, 0.1)
+    assert [flat.recurrent.num_layers, flat.recurrent.dropout] == [1, 0.0]
+
+
+def test_without_repeated_blocks_there_is_no_shallower_student(tmp_path: Path) -> None:
+    """The reason says what to ask for instead."""
+    with pytest.raises(RecipeRejected, match=r"no repeated blocks.*student: narrower"):
+        make("shallower", lesson(stack(1), points(), tmp_path))
+
+
+def test_a_narrower_student_has_that_share_of_the_channels(given: Ingredients) -> None:
+    """Half the width, about a quarter of the inner weights, and the same answers' shape."""
+    student = make("narrower", given)
+    assert [layer.out_features for layer in student if isinstance(layer, nn.Linear)] == [4, 4, 4, 4, 4, 2]
+
+
+def test_fresh_students_forget_what_kept_ones_know(given: Ingredients) -> None:
+    """Both have the same shapes; only the kept one's first layer is a part of the teacher's."""
+    kept, fresh = (make("shallower", given, initial=initial) for initial in ("kept", "fresh"))
+    first = given.source.module[0].weight  # type: ignore[index]
+    assert [tuple(p.shape) for p in kept.parameters()] == [tuple(p.shape) for p in fresh.parameters()]
+    assert torch.equal(kept[0].weight, first)
+    assert not torch.equal(fresh[0].weight, first)
+
+
+def test_the_teacher_stays_as_it_is(given: Ingredients) -> None:
+    """A student is a network of its own."""
+    before = {name: value.clone() for name, value in given.source.module.state_dict().items()}  # type: ignore[union-attr]
+    for name in ("narrower", "shallower"):
+        with torch.no_grad():
+            for parameter in make(name, given).parameters():
+                parameter.zero_()
+    after = given.source.module.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("name", ["mobilenet-v2", "mobilenet-v3", "mobilenet-v3-large", "efficientnet"])
+def test_built_in_students_fit_the_model(name: str, tmp_path: Path) -> None:
+    """Channels and classes are the model's own; the widths are scaled."""
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2000), nn.ReLU(), nn.Linear(2000, 7)).eval()
+    images = Samples({"input": np.zeros((9, 3, 16, 16), np.float32)})
+    small, large = (make(name, lesson(teacher, images, tmp_path), width=width) for width in (0.1, 0.3))
+    assert small(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
+    assert count_weights(small) < count_weights(large)
+
+
+def test_depth_thins_an_efficientnet(tmp_path: Path) -> None:
+    """Half as deep is smaller at the same width."""
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 9000), nn.ReLU(), nn.Linear(9000, 500)).eval()
+    given = lesson(teacher, Samples({"input": np.zeros((9, 1, 8, 8), np.float32)}), tmp_path)
+    deep, flat = (make("efficientnet", given, depth=depth) for depth in (1.0, 0.5))
+    assert count_weights(flat) < 0.8 * count_weights(deep)
+
+
+def test_built_in_students_are_for_images(given: Ingredients) -> None:
+    """Vectors are no images, and the message shows what the model takes."""
+    with pytest.raises(RecipeRejected, match=r"takes one input \[batch, channels, height, width\].*\[\[4, 4\]\]"):
+        make("mobilenet-v2", given)
+
+
+class Other(nn.Linear):
+    """A forward with another input's name."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image)
+
+
+def own(**factories: Any) -> ModuleType:
+    """A module as a person might write it."""
+    module = ModuleType("own_students")
+    vars(module).update(factories)
+    return module
+
+
+def broken() -> nn.Module:
+    """A factory that fails."""
+    raise OSError("no such file")
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("good", None),
+        ("missing", "failed: AttributeError"),
+        ("broken", "failed: OSError: no such file"),
+        ("no_module", "must return a torch.nn.Module, not int"),
+        ("other_classes", r"answers with output float32\[4, 3\], the model with output float32\[4, 2\]"),
+        ("does_not_run", "does not run: RuntimeError"),
+        ("other_name", "takes other inputs than the model"),
+        ("too_large", "has 604 weights, no fewer than the model's 346"),
+    ],
+)
+def test_a_students_own_factory_is_proven(
+    given: Ingredients, monkeypatch: pytest.MonkeyPatch, factory: str, said: str | None
+) -> None:
+    """Whatever is wrong with a person's student is said before it is trained."""
+    students = own(
+        good=lambda: nn.Linear(4, 2),
+        broken=broken,
+        no_module=lambda: 3,
+        other_classes=lambda: nn.Linear(4, 3),
+        does_not_run=lambda: nn.Linear(5, 2),
+        other_name=lambda: Other(4, 2),
+        too_large=lambda: nn.Sequential(nn.Linear(4, 86), nn.Linear(86, 2)),
+    )
+    monkeypatch.setitem(sys.modules, "own_students", students)
+    if said is None:
+        assert count_weights(make(f"own_students:{factory}", given)) == 10
+        return
+    with pytest.raises(RecipeRejected, match=said):
+        make(f"own_students:{factory}", given)
+
+
+def test_a_student_needs_a_torch_source(given: Ingredients) -> None:
+    """An ONNX file has no module to learn from."""
+    with pytest.raises(RecipeRejected, match="needs a torch source"):
+        make("narrower", lesson(None, points(), given.work))  # type: ignore[arg-type]

@@ -1,0 +1,191 @@
+"""Which channels can only go together, and which must stay.
+
+A unit is a set of channels and columns that touch: a channel of a residual stream with all that is added to it and all
+that takes it, or a whole attention head, whose values depend on all its queries and keys. Units of the same layers are
+a group, ranked against one another.
+
+Rules of this file: what reaches an output of the network, or a layer whose channels are unknown here (a LayerNorm
+needs all of them), stays. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from variants.recipes.channel_layers import Gone, Layer, Slots
+from variants.recipes.channel_trace import Tracer
+
+Scores = npt.NDArray[np.float64]
+Values = npt.NDArray[np.float64]
+"""[rows, total] by slot; each row is one look at the network."""
+Pairs = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The slots of all layers in one numbering: those of a layer begin at `first`.
+
+    `pairs` [n, 2] go together, `fixed` ones [total] stay, and `reasons` says of some layers why; `layers` and `gone`
+    follow what is removed.
+    """
+
+    layers: dict[str, Layer]
+    first: Mapping[str, int]
+    pairs: Pairs
+    fixed: Gone
+    gone: Gone
+    reasons: Mapping[str, str]
+
+    def share(self, name: str) -> slice:
+        """Where a layer's slots are."""
+        layer = self.layers[name]
+        return slice(self.first[name], self.first[name] + layer.outs + layer.ins)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The layers whose channels go together, and the units, each with the slots it has anywhere.
+
+    `width` is how many channels of one layer a unit holds: 1, or an attention head's.
+    """
+
+    layers: tuple[str, ...]
+    units: Sequence[Slots]
+    width: int
+
+
+def find_structure(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Structure:
+    """Follow every channel of a module in eval mode, run on `tensors`."""
+    tracer = Tracer(module, tensors)
+    reach: dict[str, Gone] = {}
+    reasons: dict[str, str] = {}
+    for name, layer in tracer.layers.items():
+        seen, elsewhere = tracer.follow({name: np.arange(layer.outs)})
+        if elsewhere:
+            reasons[name] = f"its channels reach {elsewhere[0]}"
+        elif layer.outs == 1:
+            reasons[name] = "it has one channel only"
+        elif not seen.any():
+            reasons[name] = "no layer takes its channels"
+        else:
+            reach[name] = seen
+    found = [pairs for names in _apart(reach) for pairs in _followed(tracer, names, reach)]
+    fixed = np.zeros(tracer.total, np.bool_)
+    for name, layer in tracer.layers.items():
+        start = tracer.first[name]
+        found.append(start + np.array(layer.ties, np.intp).reshape(-1, 2))
+        fixed[start : start + layer.outs] = name in reasons
+    pairs = np.concatenate([np.empty((0, 2), np.intp), *found])
+    return Structure(tracer.layers, tracer.first, pairs, fixed, np.zeros_like(fixed), reasons)
+
+
+def _apart(reach: Mapping[str, Gone]) -> Iterator[list[str]]:
+    """The layers in sets that no column sees two of: all layers of a set can be followed at once."""
+    waiting = list(reach)
+    while waiting:
+        chosen: list[str] = []
+        covered = np.zeros_like(reach[waiting[0]])
+        for name in waiting:
+            if not (covered & reach[name]).any():
+                chosen.append(name)
+                covered |= reach[name]
+        waiting = [name for name in waiting if name not in chosen]
+        yield chosen
+
+
+def _followed(tracer: Tracer, names: Sequence[str], reach: Mapping[str, Gone]) -> Iterator[Pairs]:
+    """(channel, column) wherever a column depends on a channel.
+
+    First all channels whose number has a binary digit 0, and 1, for each digit: that tells a column's one channel by
+    its number. Where a column depends on several, the layer's channels are followed one by one.
+    """
+    outs = {name: np.arange(tracer.layers[name].outs) for name in names}
+    codes = np.zeros((2, tracer.total), np.intp)
+    for digit in range(int(max(map(len, outs.values())) - 1).bit_length()):
+        for value in (0, 1):
+            seen, _ = tracer.follow({name: own[own >> digit & 1 == value] for name, own in outs.items()})
+            codes[value, seen] |= 1 << digit
+    several = (codes[0] & codes[1]) > 0
+    mixed = [name for name in names if (several & reach[name]).any()]
+    for name in names:
+        if name not in mixed:
+            columns = np.flatnonzero(reach[name])
+            yield np.stack([tracer.first[name] + codes[1, columns], columns], axis=1)
+    for channel in range(max((len(outs[name]) for name in mixed), default=0)):
+        taking_part = [name for name in mixed if channel < len(outs[name])]
+        seen, _ = tracer.follow({name: outs[name][[channel]] for name in taking_part})
+        for name in taking_part:
+            columns = np.flatnonzero(seen & reach[name])
+            yield np.stack([np.full_like(columns, tracer.first[name] + channel), columns], axis=1)
+
+
+def find_groups(structure: Structure, values: Sequence[Values]) -> list[Group]:
+    """The groups of what may go; `values` (see `rank`) pair up the units of recurrent layers.
+
+    All layers and directions of a recurrent layer must lose alike many units. So the lowest of each go together, and
+    so on up: the order of units has no meaning of its own.
+    """
+    parts = _parts(structure.pairs, len(structure.fixed))
+    pairs = [structure.pairs]
+    for name, layer in structure.layers.items():
+        blocks = [structure.first[name] + block for block in layer.blocks]
+        ranked = [block[np.argsort(rank(values, [parts[slot] for slot in block]), kind="stable")] for block in blocks]
+        pairs += [np.stack([ranked[0], each], axis=1) for each in ranked[1:]]
+    owners = {
+        slot: name
+        for name, layer in structure.layers.items()
+        for slot in range(structure.first[name], structure.first[name] + layer.outs)
+    }
+    stays = structure.fixed | structure.gone
+    groups: dict[tuple[str, ...], list[Slots]] = defaultdict(list)
+    for lowest, unit in enumerate(_parts(np.concatenate(pairs), len(structure.fixed))):
+        layers = tuple(dict.fromkeys(owners[slot] for slot in unit.tolist() if slot in owners))
+        if unit[0] == lowest and layers and not stays[unit].any():
+            groups[layers].append(unit)
+    return [Group(layers, units, _width(structure, layers[0], units[0])) for layers, units in groups.items()]
+
+
+def _width(structure: Structure, name: str, unit: Slots) -> int:
+    """How many of a layer's channels a unit holds, in each of its blocks."""
+    layer, first = structure.layers[name], structure.first[name]
+    return int(((unit >= first) & (unit < first + layer.outs)).sum()) // max(1, len(layer.blocks))
+
+
+def rank(values: Sequence[Values], units: Sequence[Slots]) -> Scores:
+    """A score per unit, the lowest of which goes first: what its slots' values add up to, on average over the rows.
+
+    Of several values [rows, total] the first counts that says something about any of these units.
+    """
+    for each in values:
+        scores: Scores = np.abs(np.stack([each[:, unit].sum(axis=1) for unit in units])).mean(axis=1)
+        if scores.any():
+            return scores
+    return np.zeros(len(units))
+
+
+def _parts(pairs: Pairs, total: int) -> list[Slots]:
+    """By slot: all slots that a chain of pairs joins it with, in order."""
+    labels = np.arange(total)
+    while True:
+        lowest = labels[pairs].min(axis=1)
+        joined = labels.copy()
+        for side in (0, 1):
+            np.minimum.at(joined, labels[pairs[:, side]], lowest)
+            np.minimum.at(joined, pairs[:, side], lowest)
+        joined = joined[joined]
+        if np.array_equal(joined, labels):
+            break
+        labels = joined
+    if total == 0:
+        return []
+    order = np.argsort(labels, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    by_lowest = {int(part[0]): part for part in parts}
+    return [by_lowest[label] for label in labels.tolist()]

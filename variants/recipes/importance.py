@@ -1,0 +1,143 @@
+"""Which channels a network can miss most easily: a value for every slot, of which a unit's add up to its score.
+
+Rules of this file: nothing is changed; data are read in a fixed order, so that the same channels go every time.
+
+L1 and L2: Li et al., "Pruning Filters for Efficient ConvNets", 2017, over all weights that go (Fang et al., "DepGraph",
+2023). Taylor: Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019. Batch normalisation's scale:
+Liu et al., "Network Slimming", 2017. Activation: the mean magnitude of what the next layers are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from variants.data import Samples, spread
+from variants.recipes.channel_layers import Layer
+from variants.recipes.channel_units import Structure, Values
+from variants.recipes.channels import Importance
+from variants.recipes.losses import task_loss
+from variants.recipes.recipe import Ingredients, RecipeRejected
+from variants.recipes.training import Batches, tensors_of
+from variants.source import example_tensors
+
+_SAMPLES, _BATCH = 512, 64
+
+
+def values_of(
+    importance: Importance, ingredients: Ingredients, module: nn.Module, structure: Structure
+) -> list[Values]:
+    """Values [rows, total] by slot, and those to fall back on: L1 ranks what the others say nothing about.
+
+    Raises RecipeRejected for `taylor` without training data, and for `batchnorm` without batch normalisation.
+    """
+    measures: Mapping[Importance, Callable[[], Values]] = {
+        "l1": partial(norms, structure, 1),
+        "l2": partial(norms, structure, 2),
+        "activation": partial(_activations, module, structure, ingredients),
+        "taylor": partial(_loss_changes, module, structure, ingredients),
+        "batchnorm": partial(_scales, structure),
+    }
+    return [measures[importance](), measures["l1"]()]
+
+
+def _by_slot(structure: Structure, value: Callable[[Layer], np.ndarray]) -> np.ndarray:
+    """One row: a value [outs + ins] per layer, in the numbering of all."""
+    return np.concatenate([value(layer) for layer in structure.layers.values()])
+
+
+def norms(structure: Structure, power: int) -> Values:
+    """What the weights in a slot add up to, each to the power: the L2 norm's root changes no order."""
+
+    def sums(layer: Layer) -> np.ndarray:
+        return layer.sums({name: weight.detach().abs() ** power for name, weight in layer.weights.items()})
+
+    return _by_slot(structure, sums)[None]
+
+
+def _scales(structure: Structure) -> Values:
+    """The magnitude of batch normalisation's scales."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if not any(isinstance(layer.module, kinds) and layer.weights for layer in structure.layers.values()):
+        raise RecipeRejected("importance `batchnorm` needs batch normalisation with scales; take `l1` or `taylor`")
+
+    def sums(layer: Layer) -> np.ndarray:
+        weights = layer.weights if isinstance(layer.module, kinds) else {}
+        return layer.sums({name: weight.detach().abs() for name, weight in weights.items()})
+
+    return _by_slot(structure, sums)[None]
+
+
+def _loss_changes(module: nn.Module, structure: Structure, ingredients: Ingredients) -> Values:
+    """Gradient times weight, a row per batch: how the loss would change, to first order, were the weights zero.
+
+    The loss is the task's where there are targets for it. Answers have no distance to themselves yet, so without
+    targets each batch takes another random sum of the answers.
+    """
+    if ingredients.training is None:
+        raise RecipeRejected("importance `taylor` needs training data; add `training:` to model.yaml")
+    batches = Batches(module, replace(ingredients, training=spread(ingredients.training, _SAMPLES)))
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for batch in batches.shuffled(np.random.default_rng(0)):
+        answers = tensors_of(module(*batch.inputs))
+        if batch.target is not None:
+            loss = task_loss(answers[0], batch.target)
+        else:
+            loss = torch.stack([(a * torch.randn(a.shape, generator=generator)).sum() for a in answers]).sum()
+        module.zero_grad(set_to_none=True)
+        loss.backward()
+        rows.append(_by_slot(structure, _gradient_times_weight))
+    module.zero_grad(set_to_none=True)
+    return np.stack(rows)
+
+
+def _gradient_times_weight(layer: Layer) -> np.ndarray:
+    return layer.sums({n: (w * w.grad).detach() for n, w in layer.weights.items() if w.grad is not None})
+
+
+def _activations(module: nn.Module, structure: Structure, ingredients: Ingredients) -> Values:
+    """The mean magnitude of every column that a layer takes, and of a recurrent layer's last states."""
+    samples = ingredients.calibration or ingredients.training or ingredients.example
+    if samples is None:
+        raise RecipeRejected("importance `activation` needs data; add `calibration:` or `training:` to model.yaml")
+    total = np.zeros(len(structure.fixed))
+    hooks = [
+        layer.module.register_forward_hook(partial(_add_magnitudes, layer, total[structure.share(name)]))
+        for name, layer in structure.layers.items()
+        if not layer.is_channelwise
+    ]
+    try:
+        with torch.no_grad():
+            for inputs in _chunks(module, spread(samples, _SAMPLES), batched=ingredients.source.max_batch > 0):
+                module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total[None]
+
+
+def _add_magnitudes(
+    layer: Layer, total: Values, _module: nn.Module, taken: tuple[torch.Tensor, ...], made: Any
+) -> None:
+    """Add what a layer takes, and for a recurrent one its last states, to its slots' sums [outs + ins]."""
+    if len(layer.columns):
+        magnitudes = taken[0].abs().movedim(layer.axis, 0)
+        total[layer.columns] += magnitudes.reshape(len(layer.columns), -1).mean(1).numpy()
+    if layer.blocks:
+        states = made[1][0] if isinstance(made[1], tuple) else made[1]  # [layers x directions, (batch), units]
+        magnitudes = states.abs().reshape(len(states), -1, states.shape[-1]).mean(1)
+        total[np.concatenate(layer.blocks)] += magnitudes.flatten().numpy()
+
+
+def _chunks(module: nn.Module, samples: Samples, *, batched: bool) -> list[list[torch.Tensor]]:
+    """All samples as inputs in the order of `forward`, some at a time."""
+    size = _BATCH if batched else 1
+    parts = (samples.take(slice(start, start + size)) for start in range(0, len(samples), size))
+    return [list(example_tensors(module, part.inputs, len(part), batched=batched).values()) for part in parts]

@@ -1,0 +1,262 @@
+"""QDQ graphs: which nodes of a graph become 8-bit, and the QuantizeLinear and DequantizeLinear pairs that say so.
+
+Rules of this file: layers, which multiply by constant weights, are quantised in any network. What lies between them is
+too, but never in one with attention or layer normalisation: its sums, norms and softmax collapse in 8 bits. Whatever
+stays in floating point reads floating point, wherever that costs an integer kernel nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from variants.model_config import nearest
+from variants.recipes.calibration import Ranges
+from variants.recipes.graph import folded
+from variants.recipes.int8 import MATRIX_OPERATORS
+from variants.recipes.recipe import Ingredients, RecipeRejected
+from variants.source import without_library_noise
+
+LAYERS = ("Conv", *MATRIX_OPERATORS)
+WEIGHTED = (*LAYERS, "ConvTranspose")
+"""What multiplies by constant weights; a CPU has no integer kernel for the last."""
+
+_SHAPING = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
+_BETWEEN = ("Add", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Relu", "Clip")
+_TRANSFORMER_SIGNS = frozenset(
+    {"LayerNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization", "Attention", "MultiHeadAttention"}
+)
+_LEAST_OPSET = 13  # DequantizeLinear takes a scale per channel from here on
+RENAMED_OUTPUT = "_QuantizeLinear_Input"
+"""What ONNX Runtime appends to the name of a graph output that it quantises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A graph to quantise, every node of it named, and its layers: operators by node name, in the graph's order.
+
+    `excluded` stay in floating point whatever is tried; `layers_only` where nothing between layers is quantised.
+    """
+
+    graph: Path
+    layers: Mapping[str, str]
+    excluded: frozenset[str]
+    layers_only: bool
+
+    def nodes(self, layers: Collection[str]) -> list[str]:
+        """What is quantised along with these layers, themselves included."""
+        graph = onnx.load(self.graph, load_external_data=False).graph
+        return list(layers) if self.layers_only else _with_between(graph, layers, self.excluded)
+
+    def tensors(self, nodes: Collection[str]) -> list[str]:
+        """The activations that these nodes read and write."""
+        graph = onnx.load(self.graph).graph
+        constants = {tensor.name for tensor in graph.initializer}
+        touched = (name for node in graph.node if node.name in nodes for name in (*node.input, *node.output))
+        return [name for name in dict.fromkeys(touched) if name and name not in constants]
+
+
+def prepare(ingredients: Ingredients, exclude: Collection[str]) -> Prepared:
+    """Fold the source and find its layers. Raises RecipeRejected where there are none, or nothing to exclude."""
+    target = ingredients.work / "prepared.onnx"
+    model = onnx.load(folded(ingredients.source.graph, ingredients.work, least_opset=_LEAST_OPSET))
+    _name_nodes(model.graph)
+    _fold_beta(model.graph)
+    _unshare_weights(model.graph)
+    onnx.save(model, target)
+    names = {node.name for node in model.graph.node}
+    for unknown in sorted(set(exclude) - names):
+        raise RecipeRejected(f"exclude: there is no node {unknown!r}; {nearest(unknown, names)}")
+    layers = layers_of(model.graph, LAYERS, exclude)
+    if not layers:
+        operators = sorted({node.op_type for node in model.graph.node})
+        raise RecipeRejected(f"nothing to quantise statically among {', '.join(operators)}")
+    return Prepared(target, layers, frozenset(exclude), _is_transformer(model.graph))
+
+
+def layers_of(graph: onnx.GraphProto, operators: Collection[str], exclude: Collection[str]) -> dict[str, str]:
+    """The operators of nodes that multiply activations by constant weights, by node name."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+
+    def is_layer(node: onnx.NodeProto) -> bool:
+        if node.op_type not in operators or node.name in exclude:
+            return False
+        if node.input[0] in constants or node.input[1] not in constants:
+            return False
+        weight = constants[node.input[1]]
+        is_float = weight.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+        return is_float and (node.op_type not in MATRIX_OPERATORS or len(weight.dims) == 2)
+
+    return {node.name: node.op_type for node in graph.node if is_layer(node)}
+
+
+def insert_qdq(
+    graph: Path,
+    ranges: Ranges,
+    nodes: Collection[str],
+    *,
+    reduce_range: bool = False,
+    signed: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> onnx.ModelProto:
+    """The graph with these nodes in QDQ form: weights signed and per channel, activations unsigned unless `signed`."""
+    model, chosen = onnx.load(graph), set(nodes)
+    operators = {node.op_type for node in model.graph.node if node.name in chosen}
+    with without_library_noise():
+        from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorData, TensorsData
+
+        observed = {
+            n: TensorData(lowest=np.asarray(low), highest=np.asarray(high)) for n, (low, high) in ranges.items()
+        }
+        quantizer = QDQQuantizer(
+            model,
+            per_channel=True,
+            reduce_range=reduce_range,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QInt8 if signed else QuantType.QUInt8,
+            tensors_range=TensorsData(CalibrationMethod.MinMax, observed),
+            nodes_to_quantize=list(chosen),
+            nodes_to_exclude=[],
+            op_types_to_quantize=list(operators),
+            extra_options=dict(options or {}),
+        )
+        made: onnx.ModelProto = quantizer.quantize_model()
+        writes_floats = operators if signed else MATRIX_OPERATORS
+        _read_floats(made.graph, onnx.load(graph).graph, chosen, writes_floats=writes_floats)
+        quantizer.model.clean_initializers()
+    return made
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """Give each node a name of its own, since nodes are chosen by name."""
+    taken, seen = {node.name for node in graph.node}, set[str]()
+    for index, node in enumerate(graph.node):
+        if not node.name or node.name in seen:
+            node.name = f"{node.op_type}_{index}"
+            while node.name in taken:
+                node.name += "_"
+            taken.add(node.name)
+        seen.add(node.name)
+
+
+def _fold_beta(graph: onnx.GraphProto) -> None:
+    """Multiply constant biases by their Gemm's beta, which ONNX Runtime's quantiser drops without doing so."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "Gemm" or len(node.input) < 3 or node.input[2] not in constants:
+            continue
+        for beta in [attribute for attribute in node.attribute if attribute.name == "beta" and attribute.f != 1]:
+            bias = numpy_helper.to_array(constants[node.input[2]])
+            node.input[2] = f"{node.input[2]}/{node.name}"
+            graph.initializer.append(numpy_helper.from_array((bias * beta.f).astype(bias.dtype), node.input[2]))
+            beta.f = 1.0
+
+
+def _unshare_weights(graph: onnx.GraphProto) -> None:
+    """Give each layer a weight of its own, so that what one reads as bytes no other has to."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    readers = Counter(name for node in graph.node for name in node.input)
+    for node in graph.node:
+        if node.op_type in WEIGHTED and node.input[1] in constants and readers[node.input[1]] > 1:
+            readers[node.input[1]] -= 1
+            own = graph.initializer.add()
+            own.CopyFrom(constants[node.input[1]])
+            own.name = node.input[1] = f"{node.input[1]}/{node.name}"
+
+
+def _is_transformer(graph: onnx.GraphProto) -> bool:
+    """Whether there is attention or layer normalisation; a softmax at the very end is a classifier's."""
+    read = {name for node in graph.node for name in node.input}
+    attends = any(node.op_type == "Softmax" and node.output[0] in read for node in graph.node)
+    return attends or any(node.op_type in _TRANSFORMER_SIGNS for node in graph.node)
+
+
+def _with_between(graph: onnx.GraphProto, layers: Collection[str], excluded: Collection[str]) -> list[str]:
+    """The layers, and what lies between them or has nothing but a layer's bytes to read."""
+    feeds: set[str] = set()  # tensors that a layer reads, be it through what may lie between
+    for node in reversed(graph.node):
+        if node.name in layers:
+            feeds.add(node.input[0])
+        elif node.op_type in _BETWEEN + _SHAPING and not feeds.isdisjoint(node.output):
+            feeds.update(node.input)
+    results, in_bytes = set[str](), set[str]()  # what comes of a layer, and what of that is only there as bytes
+    nodes = []
+    for node in graph.node:
+        reads = results.intersection(node.input)
+        reads_bytes = not reads.isdisjoint(in_bytes)
+        is_layer, is_shaping = node.name in layers, node.op_type in _SHAPING
+        joins = node.op_type in _BETWEEN and node.name not in excluded and bool(reads)
+        joins &= reads_bytes or not feeds.isdisjoint(node.output)
+        if is_layer or joins:
+            nodes.append(node.name)
+        if is_layer or joins or (is_shaping and reads):
+            results.update(node.output)
+        if joins or (is_layer and node.op_type not in MATRIX_OPERATORS) or (is_shaping and reads_bytes):
+            in_bytes.update(node.output)
+    return nodes
+
+
+def _read_floats(
+    graph: onnx.GraphProto, before: onnx.GraphProto, nodes: Collection[str], *, writes_floats: Collection[str]
+) -> None:
+    """Let what stays in floating point, and the caller, read a tensor itself and not what its bytes say.
+
+    Not where the producer's integer kernel only writes bytes, nor where the bytes do the work of a ReLU.
+    """
+    constants, outputs = ({value.name for value in each} for each in (graph.initializer, graph.output))
+    maker_before = {output: node.name for node in before.node for output in node.output}
+    makers = {output: node for node in graph.node for output in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in set(node.input):
+            readers[name].append(node)
+
+    def stays_bytes(tensor: str) -> bool:
+        maker = makers.get(tensor)
+        if maker is None or maker.name not in nodes:
+            return tensor in constants
+        did_more = maker_before.get(tensor.removesuffix(RENAMED_OUTPUT)) != maker.name
+        return did_more or maker.op_type not in writes_floats
+
+    for quantize in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
+        if stays_bytes(quantize.input[0]):
+            continue
+        (dequantize,) = readers[quantize.output[0]]
+        if dequantize.output[0] in outputs:
+            _give_back_name(graph, quantize, dequantize, readers)
+        floats = [reader for reader in readers[dequantize.output[0]] if reader.name not in nodes]
+        for reader in floats:
+            _rename(reader.input, dequantize.output[0], quantize.input[0])
+        if len(floats) == len(readers[dequantize.output[0]]):
+            graph.node.remove(quantize)
+            graph.node.remove(dequantize)
+
+
+def _give_back_name(
+    graph: onnx.GraphProto,
+    quantize: onnx.NodeProto,
+    dequantize: onnx.NodeProto,
+    readers: dict[str, list[onnx.NodeProto]],
+) -> None:
+    """A graph output is the tensor before its pair again, and the pair's result gets a name of its own."""
+    tensor, output = quantize.input[0], dequantize.output[0]
+    after = f"{output}_DequantizeLinear_Output"
+    for node in graph.node:
+        _rename(node.input, output, after)
+        _rename(node.input, tensor, output)
+        _rename(node.output, output, after)
+        _rename(node.output, tensor, output)
+    readers[after], readers[output] = readers.pop(output, []), readers.pop(tensor)
+
+
+def _rename(names: Any, old: str, new: str) -> None:
+    for index, name in enumerate(names):
+        if name == old:
+            names[index] = new

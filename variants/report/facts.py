@@ -1,0 +1,235 @@
+"""What a report shows of a repository, read once: cards, measurements and what follows from both.
+
+Rules of this file: whatever is missing or damaged becomes a sentence, never an error of the whole page; a variant
+stands for its fastest proven runtime. Nothing here knows how it will look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from variants.auto import Record, read_record
+from variants.evaluate import INVARIANT
+from variants.measurements import Measured, Measurements, read_measurements
+from variants.model_config import ModelConfig, RepositoryError
+from variants.repository import ModelFolder, VersionFolder
+from variants.summary import Speed, sound_cards, speeds
+from variants.variant import REFERENCE, Card, Evidence, LatencyProfile, Verdict
+from variants.verify import REFERENCE_RUNTIME
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class VariantFacts:
+    """One variant: its card, the runtime it stands for, and what was measured there; `hue` tells it from others."""
+
+    card: Card
+    hue: int
+    speed: Speed | None = None
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The variant's name."""
+        return self.card.variant
+
+    @property
+    def runtime(self) -> str | None:
+        """The fastest proven runtime; the first proven one where no speed is known."""
+        return self.speed.runtime if self.speed else next(iter(self.card.runtimes), None)
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """What is proven on that runtime."""
+        return self.card.runtimes.get(self.runtime or "")
+
+    @property
+    def best(self) -> Measured | None:
+        """What was measured on that runtime."""
+        return self.measured.get(self.runtime or "")
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate let it through."""
+        return self.card.gate.verdict is Verdict.PASSED
+
+    @property
+    def profiled(self) -> str | None:
+        """The runtime whose layers were timed: this one, or else another that was."""
+        return next((name for name in self._measured_first() if self.measured[name].layers), None)
+
+    @property
+    def peak_memory(self) -> int | None:
+        """The bytes held at the largest batch on this runtime, or else on another where it was measured."""
+        found = (self.measured[name].peak_memory_bytes for name in self._measured_first())
+        return next((peak for peak in found if peak is not None), None)
+
+    def _measured_first(self) -> list[str]:
+        """The runtimes that it was measured on and may be served by, its own first."""
+        known = [name for name in self.measured if name in self.card.runtimes or name == self.runtime]
+        return sorted(known, key=lambda name: name != self.runtime)
+
+    @property
+    def latencies(self) -> dict[int, int]:
+        """Batch size -> nanoseconds as it would be served: one by one where batch-mates would change an answer."""
+        if self.best is None:
+            return {}
+        profile: LatencyProfile = self.best.profile
+        is_invariant = self.card.parameters.get("batch_invariant") is not False
+        if self.evidence is not None:
+            is_invariant = self.evidence.batch_invariance <= INVARIANT
+        if not is_invariant:
+            return {batch: batch * profile.latency_ns(1) for batch in profile.batch_sizes}
+        return dict(zip(profile.batch_sizes, profile.latencies_ns, strict=True))
+
+    def accuracy(self, reference: VariantFacts) -> Accuracy | None:
+        """The score below the reference's by the paired drop, with the drop's interval, which the gate judges."""
+        own, base = self.evidence, reference.evidence
+        if own is None or base is None:
+            return None
+        drop, best = own.accuracy_drop, base.score.value
+        value = best - drop.value
+        return Accuracy(value, best - drop.high, max(value, min(1.0, best - drop.low)))
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """A score with the bounds that the paired comparison with the reference leaves."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """One model's newest built version; the reference comes first.
+
+    `absent` says what is stale or damaged, and why; `record` is what `variants: auto` tried.
+    """
+
+    name: str
+    version: int
+    config: ModelConfig
+    variants: tuple[VariantFacts, ...]
+    absent: tuple[str, ...] = ()
+    tools: Mapping[str, str] = field(default_factory=dict)
+    measurements: Measurements | None = None
+    record: Record | None = None
+
+    @property
+    def reference(self) -> VariantFacts | None:
+        """fp32, None where its card is damaged."""
+        return next((variant for variant in self.variants if variant.name == REFERENCE), None)
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Every batch size that something was measured at."""
+        return sorted({batch for variant in self.variants for batch in variant.latencies})
+
+    def baseline(self, batch: int) -> int | None:
+        """What speed-ups are multiples of: the latency of fp32 on ONNX Runtime in nanoseconds."""
+        measured = self.reference.measured.get(REFERENCE_RUNTIME) if self.reference else None
+        return measured.profile.latency_ns(batch) if measured and batch <= measured.profile.max_batch_size else None
+
+    def front(self, batch: int) -> list[VariantFacts]:
+        """The passed variants that none other beats in both accuracy and latency, fastest first (Pareto)."""
+        reference, found = self.reference, []
+        if reference is None:
+            return []
+        for variant in self.variants:
+            accuracy, latency = variant.accuracy(reference), variant.latencies.get(batch)
+            if variant.passed and accuracy is not None and latency is not None:
+                found.append((latency, -accuracy.value, variant))
+        front, best = [], float("inf")
+        for _, lost, variant in sorted(found, key=lambda entry: entry[:2]):
+            if lost < best:
+                front.append(variant)
+                best = lost
+        return front
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A model that cannot be shown, and why."""
+
+    name: str
+    reason: str
+
+
+def gather(model: ModelFolder) -> ModelFacts | Unreadable:
+    """Read one model; a repository's mistakes become its reason."""
+    name = model.path.absolute().name
+    try:
+        built = [version for version in model.versions() if version.is_built]
+        if built:
+            return _read(built[-1])
+        return Unreadable(name, "nothing is built yet; run `gearshift build` first")
+    except (RepositoryError, OSError) as error:
+        return Unreadable(name, str(error))
+
+
+def _read(version: VersionFolder) -> ModelFacts:
+    """Raises RepositoryError for a version whose manifest or configuration cannot be understood."""
+    config, (cards, absent) = version.model.config, sound_cards(version)
+    measurements = _read_or_say(read_measurements, version, absent)
+    record = _read_or_say(read_record, version, absent)
+    fast = speeds(measurements, cards, config.gate) if measurements else {}
+    wanted = [variant.name for variant in config.variants or ()]
+    names = sorted(cards, key=lambda n: (n != REFERENCE, wanted.index(n) if n in wanted else len(wanted), n))
+    return ModelFacts(
+        name=version.model.name,
+        version=version.number,
+        config=config,
+        variants=tuple(
+            VariantFacts(cards[name], _hue(position, name), fast.get(name), _measured(measurements, name))
+            for position, name in enumerate(names)
+        ),
+        absent=tuple(absent),
+        tools=version.manifest().tools,
+        measurements=measurements,
+        record=record,
+    )
+
+
+def _read_or_say(read: Callable[[Path], T | None], version: VersionFolder, absent: list[str]) -> T | None:
+    """What a build wrote beside the variants; a file that cannot be understood becomes a sentence."""
+    try:
+        return read(version.path)
+    except RepositoryError as error:
+        absent.append(f"Not shown, because it cannot be read: {error}.")
+        return None
+
+
+def _hue(position: int, name: str) -> int:
+    return 0 if name == REFERENCE else max(1, position)
+
+
+def _measured(measurements: Measurements | None, name: str) -> Mapping[str, Measured]:
+    return measurements.variants.get(name, {}) if measurements else {}
+
+
+def fallen(model: ModelFacts) -> list[tuple[VariantFacts, str]]:
+    """The variants that no traffic should take, each with the sentence that says why; fp32 always may."""
+    said = []
+    for variant in (variant for variant in model.variants if variant.name != REFERENCE):
+        if not variant.passed:
+            said.append((variant, f"{variant.card.gate.verdict}: {variant.card.gate.reason}"))
+        elif variant.speed and variant.speed.no_benefit:
+            said.append((variant, "no benefit: it passed, and is not faster than fp32 at any batch size here"))
+        elif better := next((other for other in model.variants if _dominates(other, variant, model)), None):
+            said.append((variant, f"dominated: {better.name} is at least as accurate, and faster at every batch size"))
+    return said
+
+
+def _dominates(other: VariantFacts, variant: VariantFacts, model: ModelFacts) -> bool:
+    """Whether the other one passed too, loses no more, and is faster wherever both were measured."""
+    if not other.passed or other.evidence is None or variant.evidence is None:
+        return False
+    common = set(other.latencies) & set(variant.latencies) & set(model.batch_sizes)
+    faster = bool(common) and all(other.latencies[batch] < variant.latencies[batch] for batch in common)
+    return faster and other.evidence.accuracy_drop.value <= variant.evidence.accuracy_drop.value
