@@ -21,7 +21,7 @@ from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.slo import ModelKey, OnInfeasible
 from server.wire.inference import Signature
-from variants.evaluate import INVARIANT, judge
+from variants.evaluate import judge, may_batch
 from variants.hardware import Hardware, needs_reduced_range
 from variants.measure import (
     Example,
@@ -212,9 +212,7 @@ def _candidate(card: Card, path: Path, sha256: str, runtime: Runtime, host: Host
     if reason is not None:
         raise RuntimeUnavailable(reason)
     session = runtime.load(path, precision=precision, threads=host.threads, device=_device(name, host))
-    said = card.parameters.get("batch_invariant") is not False
-    is_invariant = said if evidence is None else evidence.batch_invariance <= INVARIANT
-    return Candidate(card.variant, name, precision, sha256, session, evidence, is_invariant)
+    return Candidate(card.variant, name, precision, sha256, session, evidence, may_batch(card, evidence))
 
 
 def _not_like_the_build_host(card: Card, runtime: str, precision: str, host: Host) -> str | None:

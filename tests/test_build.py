@@ -300,7 +300,10 @@ def test_overlapping_data_is_a_bad_repository(onnx_digits: Path) -> None:
             "variants: pruned: unknown key 'sparsty'; did you mean 'sparsity'?",
         ),
         ("variants: [int8-dinamic]", "unknown recipe 'int8-dinamic'; did you mean 'int8-dynamic'?"),
-        ("variants: [{name: pruned, sparsity: 1.5}]", "variants: pruned: sparsity: Input should be less than 1"),
+        (
+            "variants: [{name: pruned, sparsity: 1.5}]",
+            "variants: pruned: sparsity: a share of the channels between 0 and 1, or auto, not 1.5",
+        ),
         ("evaluation: {data: ../../../evaluation.npz}", "leads outside the model's folder"),
         ("evaluation: {data: data/missing.npz}", "'data/missing.npz' is not there"),
     ],
@@ -402,4 +405,4 @@ def test_quick_takes_fewer_samples_and_epochs(digits: Path) -> None:
     assert done.code == 0
     found = cards(digits / "digits")["pruned"]
     assert found.runtimes["onnxruntime"].samples == 256
-    assert found.parameters["finetune_epochs"] == 1
+    assert found.parameters["epochs"] == 1

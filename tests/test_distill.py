@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from training_fixtures import config, lesson, points
 from variants.data import Samples
 from variants.recipes.distill import Distil, Lesson, distil
 from variants.recipes.hints import listening, pair_layers
+from variants.recipes.mixed_precision import MixedPrecision
 from variants.recipes.recipe import Product, RecipeRejected
-from variants.recipes.training import Batch
+from variants.recipes.training import Batch, Batches
 from variants.repository import open_path
 
 
@@ -106,7 +108,7 @@ def test_build_makes_students(digits: Path) -> None:
     fp32, own, large, int8 = (card for card in cards.values() if card is not None)
     assert "no fewer than the model's" in large.gate.reason
     assert own.weights < fp32.weights / 10
-    assert own.parameters["student"] == "students:tiny"
+    assert [own.parameters[name] for name in ("student", "width")] == ["students:tiny", None]
     assert own.runtimes["onnxruntime"].score.value > 0.85
     assert int8.runtimes["onnxruntime"].score.value > 0.93
     assert int8.size_bytes < fp32.size_bytes / 4
@@ -117,10 +119,10 @@ def test_build_makes_students(digits: Path) -> None:
     ("said", "why"),
     [
         ({"student": "narower"}, "unknown student 'narower'; did you mean 'narrower'"),
-        ({"depth": 0.5}, "`depth` is for shallower and efficientnet"),
-        ({"student": "mobilenet-v2", "depth": 0.5}, "`depth` is for shallower and efficientnet"),
-        ({"student": "shallower", "width": 0.5}, "`width` is for narrower and built-in students"),
-        ({"student": "a:b", "initial": "kept"}, "always starts afresh"),
+        ({"depth": 0.5}, "'narrower' has no use for `depth`"),
+        ({"student": "mobilenet-v2", "depth": 0.5}, "'mobilenet-v2' has no use for `depth`"),
+        ({"student": "shallower", "width": 0.5}, "'shallower' has no use for `width`"),
+        ({"student": "a:b", "initial": "kept"}, "'a:b' has no use for `initial`"),
         ({"width": 1.0}, "must lose something"),
         ({"hint_layers": {"a": "b"}}, "`hint_layers` need a weight"),
         ({"alpha": 1.5}, "less than or equal to 1"),
@@ -176,6 +178,24 @@ def test_alpha_shares_between_task_and_response(alpha: float, target: Tensor | N
     assert list(parts) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(parts[name], value, msg=name)
+
+
+@pytest.mark.parametrize("reduced", [torch.float16, torch.bfloat16])
+def test_every_loss_works_in_mixed_precision(trained: Trained, tmp_path: Path, reduced: torch.dtype) -> None:
+    """Layers answer in 16 bits under autocast; each loss is still a finite 32-bit number that can be learnt from."""
+    weights: Any = {"hints": 1.0, "relation_distance": 1.0, "relation_angle": 1.0}
+    teacher, student = trained.module, copy.deepcopy(trained.module)
+    pairs = pair_layers(teacher, student, trained.training.inputs, {})
+    lesson, precision = (
+        Lesson(teacher, student, pairs, Distil(**weights)),
+        MixedPrecision("cpu", reduced, first_scale=256.0),
+    )
+    batch = next(Batches(teacher, trained.given(tmp_path)).shuffled(np.random.default_rng(0)))
+    with lesson.listening("cpu"), precision.autocast():
+        parts = lesson.parts(batch, classes=True)
+    assert len(parts) == 5
+    assert all(part.dtype == torch.float32 and bool(part.isfinite()) for part in parts.values())
+    assert precision.step(sum(parts.values(), torch.zeros(())), torch.optim.Adam(lesson.learner.parameters()))
 
 
 def test_values_are_learnt_by_their_distance() -> None:
@@ -268,6 +288,14 @@ def test_relations_need_a_batch(tmp_path: Path, more: dict[str, int]) -> None:
     given = lesson(teacher, samples, tmp_path, max_batch=more.get("max_batch", 32))
     with pytest.raises(RecipeRejected, match="need a batch and 3 training samples"):
         distil(given, Distil(relation_angle=1.0))
+
+
+def test_distillation_needs_a_module(tmp_path: Path) -> None:
+    """An ONNX file has no module to learn from."""
+    source = replace(lesson(nn.Linear(4, 2), points(), tmp_path).source, module=None)
+    given = replace(lesson(nn.Linear(4, 2), points(), tmp_path), source=source)
+    with pytest.raises(RecipeRejected, match="needs a torch source"):
+        distil(given, Distil())
 
 
 def test_distillation_needs_training_data(tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ def test_a_quantised_graph_that_does_not_run_is_rejected(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(dynamic, "_drop_unused", lose_a_node)
     graph = product_graph(tmp_path / "g.onnx", np.eye(4))
-    with pytest.raises(RecipeRejected, match="the changed graph cannot be loaded"):
+    with pytest.raises(RecipeRejected, match="the changed graph is not sound"):
         quantize_dynamic(ingredients(graph, tmp_path), QuantizeDynamic())
 
 

@@ -247,10 +247,10 @@ def test_a_variant_that_fails_when_it_runs_harms_no_other(repository: Path, host
 
 
 def test_what_says_that_batch_mates_matter_runs_alone_without_evidence_too(repository: Path, host: Host) -> None:
-    """A recipe's own `batch_invariant: false` counts where nothing was measured."""
+    """A card that says `solo` counts where nothing was measured."""
     models.add_ladder(repository)
-    said: dict[str, object] = {"batch_invariant": False}
-    models.add_variant(repository, "ladder", "lstm", models.mlp(256, 1), verdict=Verdict.UNVERIFIED, parameters=said)
+    said: dict[str, object] = {"precision": "fp32", "solo": True}
+    models.add_variant(repository, "ladder", "lstm", models.mlp(256, 1), verdict=Verdict.UNVERIFIED, requirements=said)
     model = load_model(ModelFolder(repository / "ladder"), replace(host, allow_unverified=True))
     assert {v.name: v.batchable for v in model.variants} == {"fp32": True, "int8-static": True, "lstm": False}
 

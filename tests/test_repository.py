@@ -113,7 +113,7 @@ def test_a_card_survives_the_disk_with_exactly_the_contracts_keys(version: Versi
     stored = json.loads((version.path / "variants/fp32/card.json").read_text())
     assert sorted(stored) == sorted(CARD_KEYS)
     assert sorted(stored["runtimes"]["onnxruntime"]) == [
-        "accuracy_drop", "agreement", "batch_invariance", "batch_sizes", "samples", "score",
+        "accuracy_drop", "agreement", "batch_invariance", "batch_sizes", "fidelity", "samples", "score",
     ]  # fmt: skip
     assert stored["gate"] == {"verdict": "passed", "reason": "fine"}
 

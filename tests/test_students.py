@@ -17,6 +17,7 @@ from variants.data import Samples
 from variants.recipes.recipe import Ingredients, RecipeRejected
 from variants.recipes.shallower import shallower
 from variants.recipes.students import Initial, count_weights, student_of
+from variants.source import example_tensors
 
 INPUT = {"input": torch.randn(2, 4)}
 
@@ -30,7 +31,11 @@ def stack(blocks: int) -> nn.Sequential:
 
 def make(name: str, given: Ingredients, *, width: float = 0.5, depth: float = 0.5, initial: Initial = "kept") -> Any:
     """A student with the default shares."""
-    return student_of(name, given, width=width, depth=depth, initial=initial)
+    module, example = given.source.module, given.example
+    assert module is not None
+    assert example is not None
+    tensors = example_tensors(module, example.inputs, 4, batched=True)
+    return student_of(name, module, tensors, width=width, depth=depth, initial=initial)
 
 
 @pytest.fixture
@@ -217,9 +222,3 @@ def test_a_students_own_factory_is_proven(
         return
     with pytest.raises(RecipeRejected, match=said):
         make(f"own_students:{factory}", given)
-
-
-def test_a_student_needs_a_torch_source(given: Ingredients) -> None:
-    """An ONNX file has no module to learn from."""
-    with pytest.raises(RecipeRejected, match="needs a torch source"):
-        make("narrower", lesson(None, points(), given.work))  # type: ignore[arg-type]

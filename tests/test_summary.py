@@ -68,7 +68,7 @@ def test_what_runs_alone_gains_nothing_from_batches() -> None:
     """Eight samples take eight runs where batch-mates would change an answer: proven so, or said by the recipe."""
     values = measured(v={"onnxruntime": latencies(50, 60, 70)})
     alone = replace(card("v"), runtimes={"onnxruntime": replace(evidence(0), batch_invariance=0.1)})
-    said = replace(card("v"), runtimes={}, parameters={"batch_invariant": False})
+    said = replace(card("v"), runtimes={}, requirements={"solo": True})
     for each in (alone, said):
         assert speeds(values, {"fp32": FP32, "v": each})["v"].speed_ups == {1: 2.0, 8: 1.0, 32: 0.75}
 

@@ -92,6 +92,26 @@ def test_without_targets_the_teachers_answers_are_learnt(tmp_path: Path) -> None
     torch.testing.assert_close(student(fresh), teacher(fresh), atol=0.02, rtol=0)
 
 
+class TwoHeads(nn.Module):
+    """Classes and a value of the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes, self.value = nn.Linear(4, 2), nn.Linear(4, 1)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # noqa: A002 - the data's name
+        return self.classes(input), self.value(input)
+
+
+@pytest.mark.parametrize("recover", ["finetune", "distill"])
+def test_further_outputs_are_learnt_from_the_teacher(tmp_path: Path, recover: Recover) -> None:
+    """Labels speak of the first output only; a second one, lost on the way, comes back."""
+    teacher, module = TwoHeads().eval(), TwoHeads()
+    given = lesson(teacher, points(256), tmp_path, config(epochs=60, learning_rate=0.1))
+    finetune(module, teacher, given, recover=recover)
+    torch.testing.assert_close(module.value.weight, teacher.value.weight, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("labels", "said"),
     [

@@ -43,7 +43,7 @@ from variants.scores import (
     of_samples,
     r2_of,
 )
-from variants.variant import Evidence, Fidelity, Gate, Interval, Verdict
+from variants.variant import Card, Evidence, Fidelity, Gate, Interval, Verdict
 
 AGREEMENT_COSINE = 0.98
 """An embedding agrees with fp32's when their cosine is at least this."""
@@ -220,6 +220,11 @@ def evidence(
         batch_invariance=invariance,
         fidelity=fidelity,
     )
+
+
+def may_batch(card: Card, proof: Evidence | None) -> bool:
+    """Whether batch-mates leave a variant's answers alone: neither its recipe nor the measurement says otherwise."""
+    return card.requirements.get("solo") is not True and (proof is None or proof.batch_invariance <= INVARIANT)
 
 
 def judge(drop: Interval, agreement: Interval, samples: float, gate: GateConfig) -> Verdict:

@@ -129,7 +129,8 @@ class Factory:
 
     def _prove(self, planned: Planned, product: Product) -> Card:
         """The card of something that was made."""
-        runtimes, gate = self.verifier.verify(planned.name, product.files, product.precision)
+        solo = _says(product, "batch_invariant", False)
+        runtimes, gate = self.verifier.verify(planned.name, product.files, product.precision, solo=solo)
         cost = cost_of(product.files[product.artefact])
         artefacts = {name: file_sha256(file) for name, file in product.files.items()}
         return Card(
@@ -161,11 +162,14 @@ class Factory:
         )
 
     def _requirements(self, product: Product) -> dict[str, object]:
-        """What a host needs: 8-bit weights were proven here only if sums of their products do not saturate here."""
-        by_step = [product.facts, *(facts for facts in product.facts.values() if isinstance(facts, dict))]
-        is_wide = any(facts.get("reduce_range") is False for facts in by_step)
+        """What a host needs, and whether a sample must run alone (`solo`) because batch-mates change its answer.
+
+        8-bit weights were proven here only if sums of their products do not saturate here.
+        """
+        is_wide = _says(product, "reduce_range", False)
         is_wide &= not needs_reduced_range(self.hardware)
-        return {"precision": product.precision} | ({"exact_int8_sums": True} if is_wide else {})
+        flags = {"exact_int8_sums": is_wide, "solo": _says(product, "batch_invariant", False)}
+        return {"precision": product.precision} | {name: True for name, holds in flags.items() if holds}
 
     def summarise(self) -> Mapping[str, Mapping[int, float]]:
         """Measure all variants, show the table and what a person should know; returns speed-ups by batch size."""
@@ -226,6 +230,12 @@ def _use_our_cores(source: Source, hardware: Hardware) -> None:
 def in_a_line(error: Exception) -> str:
     """An error as one line of bounded length."""
     return " ".join(str(error).split())[:300]
+
+
+def _says(product: Product, fact: str, value: object) -> bool:
+    """Whether a fact has this value, for the recipe or for one of a chain's."""
+    steps = [product.facts, *(facts for facts in product.facts.values() if isinstance(facts, dict))]
+    return any(facts.get(fact) is value for facts in steps)
 
 
 def _rejected(planned: Planned, reason: str) -> Card:

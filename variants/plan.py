@@ -41,7 +41,17 @@ _TOOLS = (
     "safetensors", "torch", "torch-pruning",
 )  # fmt: skip
 _MAKING = ("data.py", "networks", "recipes", "source.py", "trial.py")
-_JUDGING = (*_MAKING, "cost.py", "evaluate.py", "factory.py", "fidelity.py", "intervals.py", "runtimes", "verify.py")
+_JUDGING = (
+    *_MAKING,
+    "cost.py",
+    "evaluate.py",
+    "factory.py",
+    "fidelity.py",
+    "intervals.py",
+    "runtimes",
+    "scores.py",
+    "verify.py",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +90,7 @@ def plan(
     for entry in _reference_first(_entries(version) if entries is None else entries):
         steps = _checked(version, entry)
         facts = making | {"steps": [step.facts() for step in steps]}
-        if any(step.recipe.chooses for step in steps):
+        if any(step.recipe.chooses(step.parameters) for step in steps):
             facts["gate"] = judging["inputs"]
         if any(step.name == "amp" for step in steps):
             facts["amp"] = [possible_precision(hardware, device).precision for device in ("cpu", "cuda")]

@@ -13,7 +13,7 @@ from typing import Literal
 
 from rich.table import Table
 
-from variants.evaluate import INVARIANT, judge
+from variants.evaluate import judge, may_batch
 from variants.measurements import EAGER, Measured, Measurements
 from variants.model_config import GateConfig
 from variants.repository import RepositoryError, VersionFolder
@@ -69,12 +69,12 @@ def speeds(measurements: Measurements, cards: Mapping[str, Card], gate: GateConf
     reference = measurements.variants.get(REFERENCE, {}).get(REFERENCE_RUNTIME)
     if reference is None or REFERENCE not in cards:
         return {}
-    unit = _served(reference, cards[REFERENCE], REFERENCE_RUNTIME)
+    unit = as_served(reference, cards[REFERENCE], REFERENCE_RUNTIME)
     times: dict[str, dict[str, Times]] = {}
     for name in sorted(measurements.variants.keys() & cards.keys()):
         measured = measurements.variants[name]
         usable = [runtime for runtime in measured if _may_serve(cards[name], runtime, gate)]
-        times[name] = {runtime: _served(measured[runtime], cards[name], runtime) for runtime in usable}
+        times[name] = {runtime: as_served(measured[runtime], cards[name], runtime) for runtime in usable}
     fastest = {name: min(own, key=lambda each: _per_sample(own[each])) for name, own in times.items() if own}
     base = times[REFERENCE][fastest[REFERENCE]]
     return {
@@ -93,15 +93,10 @@ def _may_serve(card: Card, runtime: str, gate: GateConfig | None) -> bool:
     return judge(proof.accuracy_drop, proof.agreement, proof.samples, gate) is Verdict.PASSED
 
 
-def _served(measured: Measured, card: Card, runtime: str) -> Times:
-    """In one batch or, where each sample must run alone, one after another."""
-    profile, proof = measured.profile, card.runtimes.get(runtime)
-    is_invariant = card.parameters.get("batch_invariant") is not False
-    if proof is not None:
-        is_invariant = proof.batch_invariance <= INVARIANT
-    return {
-        size: profile.latency_ns(size) if is_invariant else size * profile.latency_ns(1) for size in profile.batch_sizes
-    }
+def as_served(measured: Measured, card: Card, runtime: str) -> Times:
+    """Batch size -> nanoseconds: in one batch or, where each sample must run alone, one after another."""
+    profile, batches = measured.profile, may_batch(card, card.runtimes.get(runtime))
+    return {size: profile.latency_ns(size) if batches else size * profile.latency_ns(1) for size in profile.batch_sizes}
 
 
 def _per_sample(times: Times) -> float:

@@ -43,15 +43,20 @@ class Verifier:
     hardware: Hardware
     _reference: Array | None = field(default=None, init=False)
 
-    def verify(self, name: str, files: Mapping[str, Path], precision: str) -> tuple[dict[str, Evidence], Gate]:
-        """Evidence by runtime, and one verdict. Raises RepositoryError when the data do not fit the metric."""
+    def verify(
+        self, name: str, files: Mapping[str, Path], precision: str, *, solo: bool = False
+    ) -> tuple[dict[str, Evidence], Gate]:
+        """Evidence by runtime, and one verdict. Raises RepositoryError when the data do not fit the metric.
+
+        `solo` says that batch-mates change its answers by design, so it is scored as it is served: one by one.
+        """
         if self.evaluation is None:
             return {}, self._without_data(name)
         evidences, gates, failures = {}, {}, []
         for runtime, artefact in self.candidates(files, precision):
             try:
                 session = self.load(runtime, artefact, precision)
-                proof, gate = self._measure(session, is_reference=self._is_reference(name, runtime))
+                proof, gate = self._measure(session, is_reference=self._is_reference(name, runtime), solo=solo)
             except RepositoryError:
                 raise
             except Exception as error:  # whatever a runtime cannot do, another may
@@ -87,7 +92,7 @@ class Verifier:
     def _is_reference(self, name: str, runtime: Runtime) -> bool:
         return name == REFERENCE and runtime.name == REFERENCE_RUNTIME
 
-    def _measure(self, session: Session, *, is_reference: bool) -> tuple[Evidence, Gate]:
+    def _measure(self, session: Session, *, is_reference: bool, solo: bool) -> tuple[Evidence, Gate]:
         """The evidence for one session, and the gate's verdict on it.
 
         What batch-mates change is served alone, so it is scored alone.
@@ -103,7 +108,7 @@ class Verifier:
         if is_reference:
             self._refuse_uneven(session)
         invariance = batch_invariance(session, inputs, self._batch_size)
-        size = self._batch_size if invariance <= INVARIANT else 1
+        size = self._batch_size if invariance <= INVARIANT and not solo else min(1, self._batch_size)
         answers = run_samples(session, inputs, size)[0]
         if is_reference:
             self._reference = answers

@@ -15,17 +15,22 @@ from variants.recipes.recipe import Recipe
 from variants.recipes.static import QuantizeStatic, quantize_static
 from variants.recipes.unstructured import PruneUnstructured, prune_unstructured
 
+
+def _tries_calibrations(chosen: QuantizeStatic) -> bool:
+    return chosen.calibrate == "auto"
+
+
 RECIPES = MappingProxyType(
     {
         "fp32": Recipe(make_fp32),
         "amp": Recipe(make_amp),
         "int8-dynamic": Recipe(quantize_dynamic, QuantizeDynamic),
         "int8-dynamic-per-tensor": Recipe(quantize_per_tensor, QuantizeDynamic),
-        "int8-static": Recipe(quantize_static, QuantizeStatic, chooses=True),
-        "int8-mixed": Recipe(quantize_mixed, QuantizeMixed, chooses=True),
-        "int8-qat": Recipe(quantize_aware, QuantizeAware, chooses=True),
+        "int8-static": Recipe(quantize_static, QuantizeStatic, _tries_calibrations),
+        "int8-mixed": Recipe(quantize_mixed, QuantizeMixed, lambda _: True),
+        "int8-qat": Recipe(quantize_aware, QuantizeAware, _tries_calibrations),
         "distilled": Recipe(distil, Distil),
-        "prune-channels": Recipe(prune_channels, PruneChannels),
+        "prune-channels": Recipe(prune_channels, PruneChannels, lambda chosen: chosen.sparsity == "auto"),
         "prune-masks": Recipe(prune_masks, PruneMasks),
         "prune-unstructured": Recipe(prune_unstructured, PruneUnstructured),
     }

@@ -18,13 +18,16 @@ from variants.recipes.hints import Pair, listening, pair_layers
 from variants.recipes.losses import angle_loss, answer_loss, distance_loss, hint_loss, response_loss, task_loss
 from variants.recipes.mixed_precision import MixedPrecision
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
-from variants.recipes.students import BUILT_IN, DERIVED, SCALED_IN_DEPTH, Initial, count_weights, student_of
+from variants.recipes.students import BUILT_IN, DERIVED, Initial, count_weights, student_of, used_by
 from variants.recipes.training import Batch, Batches, Parts, effort, fit, tensors_of
-from variants.source import export_graph
+from variants.source import example_tensors, export_graph
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+_SAMPLES = 4
+"""How many real samples a student is tried on before it is trained."""
 
 
 class Distil(Section):
@@ -54,6 +57,11 @@ class Distil(Section):
         """Whether any loss looks inside the networks."""
         return any((self.hints, self.relation_distance, self.relation_angle))
 
+    @property
+    def idle(self) -> list[str]:
+        """The parameters that say nothing about this student."""
+        return [name for name in ("width", "depth", "initial") if name not in used_by(self.student)]
+
     @field_validator("student")
     @classmethod
     def _known(cls, student: str) -> str:
@@ -64,17 +72,11 @@ class Distil(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Distil:
-        given = self.model_fields_set
         if (self.student == "narrower" and self.width >= 1) or (self.student == "shallower" and self.depth >= 1):
             raise ValueError(f"student {self.student!r} must lose something: give a share below 1")
-        if "depth" in given and self.student not in SCALED_IN_DEPTH:
-            raise ValueError(
-                f"`depth` is for {' and '.join(SCALED_IN_DEPTH)}; student {self.student!r} has no use for it"
-            )
-        if "width" in given and self.student != "narrower" and self.student not in BUILT_IN:
-            raise ValueError(f"`width` is for narrower and built-in students; {self.student!r} has no use for it")
-        if "initial" in given and self.student not in DERIVED:
-            raise ValueError(f"`initial` is for {' and '.join(DERIVED)}; student {self.student!r} always starts afresh")
+        for name in self.idle:
+            if name in self.model_fields_set:
+                raise ValueError(f"student {self.student!r} has no use for `{name}`; leave it out")
         if self.hint_layers and not self.compares_layers:
             raise ValueError("`hint_layers` need a weight: `hints`, `relation_distance` or `relation_angle`")
         return self
@@ -83,13 +85,19 @@ class Distil(Section):
 def distil(ingredients: Ingredients, parameters: Distil) -> Product:
     """Make a student, train it to answer like the reference, and export it. Raises RecipeRejected."""
     source, example = ingredients.source, ingredients.example
+    if source.module is None or example is None:
+        raise RecipeRejected("distillation needs a torch source (module and safetensors): the teacher")
     epochs, rate = effort(ingredients, parameters.epochs)
+    tensors = example_tensors(source.module, example.inputs, _SAMPLES, batched=source.max_batch > 0)
     student = student_of(
-        parameters.student, ingredients, width=parameters.width, depth=parameters.depth, initial=parameters.initial
+        parameters.student,
+        source.module,
+        tensors,
+        width=parameters.width,
+        depth=parameters.depth,
+        initial=parameters.initial,
     )
     teacher = ingredients.teacher or source.module
-    if teacher is None or source.module is None or example is None:
-        raise RecipeRejected("distillation needs a torch source (module and safetensors), which is the teacher")
     lesson = Lesson(teacher, student, _pairs(teacher, student, ingredients, parameters), parameters)
     batches = Batches(teacher, ingredients)
     with lesson.listening(MixedPrecision.here().device):
@@ -106,7 +114,7 @@ def distil(ingredients: Ingredients, parameters: Distil) -> Product:
         export_graph(student, example.inputs, target, batched=source.max_batch > 0, axes=source.axes)
     except RepositoryError as error:
         raise RecipeRejected(f"the student cannot be exported: {error}") from error
-    facts = {
+    facts = dict.fromkeys(parameters.idle) | {
         "weights_before": count_weights(source.module),
         "weights_after": count_weights(student),
         "losses": [name for name in history[0] if name != "total"],

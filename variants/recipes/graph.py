@@ -63,13 +63,14 @@ def finished(ingredients: Ingredients, model: onnx.ModelProto, name: str) -> Pat
 
 
 def _prove_sound(ingredients: Ingredients, graph: Path) -> None:
-    """Load what was made, compare its tensors with the source's and run one sample. Raises RecipeRejected."""
+    """Check and load what was made, compare its tensors with the source's and run one sample. Raises RecipeRejected."""
     source = ingredients.source
     try:
         found = read_signature(graph)
+        onnx.checker.check_model(str(graph))
         session = _open(graph)
     except Exception as error:  # the runtime's own exceptions share no narrower base
-        raise RecipeRejected(f"the changed graph cannot be loaded: {_in_a_line(error)}") from error
+        raise RecipeRejected(f"the changed graph is not sound: {_in_a_line(error)}") from error
     gives = [[(spec.name, spec.datatype) for spec in each.outputs] for each in (source.signature, found)]
     same_batch = source.signature.batch_axis == found.batch_axis
     if source.signature.inputs != found.inputs or gives[0] != gives[1] or not same_batch:

@@ -4,13 +4,12 @@ Rules of this file: nothing is changed; data are read in a fixed order, so that 
 
 L1 and L2: Li et al., "Pruning Filters for Efficient ConvNets", 2017, over all weights that go (Fang et al., "DepGraph",
 2023). Taylor: Molchanov et al., "Importance Estimation for Neural Network Pruning", 2019. Batch normalisation's scale:
-Liu et al., "Network Slimming", 2017. Activation: the mean magnitude of what the next layers are given.
+Liu et al., "Network Slimming", 2017. Activation: the mean magnitude of what the next layers take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,16 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from variants.data import Samples, spread
+from variants.data import spread
 from variants.recipes.channel_layers import Layer
 from variants.recipes.channel_units import Structure, Values
 from variants.recipes.channels import Importance
-from variants.recipes.losses import task_loss
 from variants.recipes.recipe import Ingredients, RecipeRejected
-from variants.recipes.training import Batches, tensors_of
+from variants.recipes.training import tensors_of
 from variants.source import example_tensors
 
-_SAMPLES, _BATCH = 512, 64
+_SAMPLES, _BATCH, _TAYLOR_BATCH = 512, 64, 16
 
 
 def values_of(
@@ -35,13 +33,13 @@ def values_of(
 ) -> list[Values]:
     """Values [rows, total] by slot, and those to fall back on: L1 ranks what the others say nothing about.
 
-    Raises RecipeRejected for `taylor` without training data, and for `batchnorm` without batch normalisation.
+    Raises RecipeRejected for what an importance needs and is not there: samples, or batch normalisation.
     """
     measures: Mapping[Importance, Callable[[], Values]] = {
         "l1": partial(norms, structure, 1),
         "l2": partial(norms, structure, 2),
         "activation": partial(_activations, module, structure, ingredients),
-        "taylor": partial(_loss_changes, module, structure, ingredients),
+        "taylor": partial(_answer_changes, module, structure, ingredients),
         "batchnorm": partial(_scales, structure),
     }
     return [measures[importance](), measures["l1"]()]
@@ -74,25 +72,18 @@ def _scales(structure: Structure) -> Values:
     return _by_slot(structure, sums)[None]
 
 
-def _loss_changes(module: nn.Module, structure: Structure, ingredients: Ingredients) -> Values:
-    """Gradient times weight, a row per batch: how the loss would change, to first order, were the weights zero.
+def _answer_changes(module: nn.Module, structure: Structure, ingredients: Ingredients) -> Values:
+    """Gradient times weight, a row per batch: how the answers would change, to first order, were the weights zero.
 
-    The loss is the task's where there are targets for it. Answers have no distance to themselves yet, so without
-    targets each batch takes another random sum of the answers.
+    Each row is of another random sum of the answers, so that the mean magnitude over the rows is in proportion to the
+    distance from the teacher's answers. A trained network's own loss has next to no gradient, and ranked worse.
     """
-    if ingredients.training is None:
-        raise RecipeRejected("importance `taylor` needs training data; add `training:` to model.yaml")
-    batches = Batches(module, replace(ingredients, training=spread(ingredients.training, _SAMPLES)))
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for batch in batches.shuffled(np.random.default_rng(0)):
-        answers = tensors_of(module(*batch.inputs))
-        if batch.target is not None:
-            loss = task_loss(answers[0], batch.target)
-        else:
-            loss = torch.stack([(a * torch.randn(a.shape, generator=generator)).sum() for a in answers]).sum()
+    for inputs in _chunks(module, ingredients, _TAYLOR_BATCH):
+        answers = tensors_of(module(*inputs))
         module.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.stack([(each * torch.randn(each.shape, generator=generator)).sum() for each in answers]).sum().backward()
         rows.append(_by_slot(structure, _gradient_times_weight))
     module.zero_grad(set_to_none=True)
     return np.stack(rows)
@@ -104,9 +95,6 @@ def _gradient_times_weight(layer: Layer) -> np.ndarray:
 
 def _activations(module: nn.Module, structure: Structure, ingredients: Ingredients) -> Values:
     """The mean magnitude of every column that a layer takes, and of a recurrent layer's last states."""
-    samples = ingredients.calibration or ingredients.training or ingredients.example
-    if samples is None:
-        raise RecipeRejected("importance `activation` needs data; add `calibration:` or `training:` to model.yaml")
     total = np.zeros(len(structure.fixed))
     hooks = [
         layer.module.register_forward_hook(partial(_add_magnitudes, layer, total[structure.share(name)]))
@@ -115,7 +103,7 @@ def _activations(module: nn.Module, structure: Structure, ingredients: Ingredien
     ]
     try:
         with torch.no_grad():
-            for inputs in _chunks(module, spread(samples, _SAMPLES), batched=ingredients.source.max_batch > 0):
+            for inputs in _chunks(module, ingredients, _BATCH):
                 module(*inputs)
     finally:
         for hook in hooks:
@@ -136,8 +124,13 @@ def _add_magnitudes(
         total[np.concatenate(layer.blocks)] += magnitudes.flatten().numpy()
 
 
-def _chunks(module: nn.Module, samples: Samples, *, batched: bool) -> list[list[torch.Tensor]]:
-    """All samples as inputs in the order of `forward`, some at a time."""
-    size = _BATCH if batched else 1
-    parts = (samples.take(slice(start, start + size)) for start in range(0, len(samples), size))
-    return [list(example_tensors(module, part.inputs, len(part), batched=batched).values()) for part in parts]
+def _chunks(module: nn.Module, ingredients: Ingredients, size: int) -> Iterator[list[torch.Tensor]]:
+    """Samples as inputs in the order of `forward`, `size` at a time. Raises RecipeRejected if there are none."""
+    samples = ingredients.calibration or ingredients.training or ingredients.example
+    if samples is None:
+        raise RecipeRejected("this importance needs samples; add `calibration:` or `training:` data, or take `l1`")
+    samples, batched = spread(samples, _SAMPLES), ingredients.source.max_batch > 0
+    size = size if batched else 1
+    for start in range(0, len(samples), size):
+        part = samples.take(slice(start, start + size))
+        yield list(example_tensors(module, part.inputs, len(part), batched=batched).values())

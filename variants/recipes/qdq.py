@@ -131,6 +131,7 @@ def insert_qdq(
         writes_floats = operators if signed else MATRIX_OPERATORS
         _read_floats(made.graph, onnx.load(graph).graph, chosen, writes_floats=writes_floats)
         quantizer.model.clean_initializers()
+        quantizer.model.topological_sort()  # it appends its nodes wherever they arise
     return made
 
 

@@ -70,8 +70,8 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How something is made, and which parameters it takes; `chooses` if the gate decides what comes out."""
+    """How something is made, and which parameters it takes; `chooses` says with which of them the gate decides."""
 
     make: Callable[[Ingredients, Any], Product]
     parameters: type[Section] = NoParameters
-    chooses: bool = False
+    chooses: Callable[[Any], bool] = field(default=lambda _parameters: False)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from variants.model_config import RepositoryError
 from variants.recipes.channels import narrower
-from variants.recipes.recipe import Ingredients, RecipeRejected
+from variants.recipes.recipe import RecipeRejected
 from variants.recipes.shallower import shallower
 from variants.recipes.training import tensors_of
-from variants.source import example_tensors, input_names, output_names
+from variants.source import input_names, output_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,34 +33,38 @@ BUILT_IN: Mapping[str, tuple[str, Mapping[str, str]]] = MappingProxyType(
     }
 )
 """Students by name: the module in `variants.networks` and its function of that name, with what it is given."""
-SCALED_IN_DEPTH = ("shallower", "efficientnet")
+
+_USES = {"narrower": ("width", "initial"), "shallower": ("depth", "initial"), "efficientnet": ("width", "depth")}
 
 
-def student_of(name: str, ingredients: Ingredients, *, width: float, depth: float, initial: Initial) -> nn.Module:
-    """A student of the source, in eval mode. Raises RecipeRejected for one that cannot be made or cannot stand in.
+def student_of(
+    name: str, module: nn.Module, tensors: dict[str, Any], *, width: float, depth: float, initial: Initial
+) -> nn.Module:
+    """A student of `module`, in eval mode. Raises RecipeRejected for one that cannot be made or cannot stand in.
 
-    `name` is narrower, shallower, one of `BUILT_IN`, or `package.module:factory`. `initial` is what a derived student
-    starts from: the source's weights that are left, or fresh ones.
+    `name` is narrower, shallower, one of `BUILT_IN`, or `package.module:factory`; `tensors` are real samples in the
+    order of `forward`. `initial` is what a derived student starts from: the weights that are left, or fresh ones.
     """
     import torch
 
-    source = ingredients.source
-    if source.module is None or ingredients.example is None:
-        raise RecipeRejected("distillation needs a torch source (module and safetensors), which is the teacher")
-    tensors = example_tensors(source.module, ingredients.example.inputs, 4, batched=source.max_batch > 0)
     torch.manual_seed(0)
     if name == "narrower":
-        student = narrower(source.module, tensors, 1 - width)
+        student = narrower(module, tensors, 1 - width)
     elif name == "shallower":
-        student = shallower(source.module, tensors, depth)
+        student = shallower(module, tensors, depth)
     elif name in BUILT_IN:
-        student = _built_in(name, source.module, tensors, width, depth)
+        student = _built_in(name, module, tensors, width, depth)
     else:
         student = _own(name)
     if name in DERIVED and initial == "fresh":
         _initialise(student)
-    _check(student.eval(), source.module, tensors, name)
+    _check(student.eval(), module, tensors, name)
     return student
+
+
+def used_by(name: str) -> tuple[str, ...]:
+    """Which of width, depth and initial weights shape this student."""
+    return _USES.get(name, ("width",) if name in BUILT_IN else ())
 
 
 def count_weights(module: nn.Module) -> int:
@@ -93,7 +97,7 @@ def _built_in(name: str, teacher: nn.Module, tensors: dict[str, Any], width: flo
     module, options = BUILT_IN[name]
     make: Callable[..., nn.Module] = getattr(importlib.import_module(f"variants.networks.{module}"), module)
     shape = {"halvings": halvings_for(min(images[0].shape[2:])), "width": width}
-    shape |= {"depth": depth} if name in SCALED_IN_DEPTH else {}
+    shape |= {"depth": depth} if "depth" in used_by(name) else {}
     student = make(images[0].shape[1], answers[0].shape[1], **shape, **options)
     return _with_input(student, next(iter(tensors)))
 

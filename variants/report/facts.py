@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from variants.auto import Record, read_record
-from variants.evaluate import INVARIANT
 from variants.measurements import Measured, Measurements, read_measurements
 from variants.model_config import ModelConfig, RepositoryError
 from variants.repository import ModelFolder, VersionFolder
-from variants.summary import Speed, sound_cards, speeds
-from variants.variant import REFERENCE, Card, Evidence, LatencyProfile, Verdict
+from variants.summary import Speed, as_served, sound_cards, speeds
+from variants.variant import REFERENCE, Card, Evidence, Verdict
 from variants.verify import REFERENCE_RUNTIME
 
 T = TypeVar("T")
@@ -78,13 +77,7 @@ class VariantFacts:
         """Batch size -> nanoseconds as it would be served: one by one where batch-mates would change an answer."""
         if self.best is None:
             return {}
-        profile: LatencyProfile = self.best.profile
-        is_invariant = self.card.parameters.get("batch_invariant") is not False
-        if self.evidence is not None:
-            is_invariant = self.evidence.batch_invariance <= INVARIANT
-        if not is_invariant:
-            return {batch: batch * profile.latency_ns(1) for batch in profile.batch_sizes}
-        return dict(zip(profile.batch_sizes, profile.latencies_ns, strict=True))
+        return dict(as_served(self.best, self.card, self.runtime or ""))
 
     def accuracy(self, reference: VariantFacts) -> Accuracy | None:
         """The score below the reference's by the paired drop, with the drop's interval, which the gate judges."""
