@@ -56,7 +56,7 @@ class Family:
 FAMILIES = {
     "cnn": Family(10, 0.003, 4.0),
     "mlp": Family(40, 0.002, 4.0),
-    "lstm": Family(24, 0.008, 3.0),
+    "lstm": Family(32, 0.008, 3.0),
     "transformer": Family(16, 0.001, 3.0),
 }
 UNTRAINED = {"resnet": (3, 64, 64), "encoder": (128, 384), "recurrent": (64, 64)}

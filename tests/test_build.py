@@ -391,7 +391,7 @@ def test_the_manifest_vouches_for_all_that_a_server_loads(built_digits: Built) -
     assert set(manifest["files"]) == on_disk | {"data/evaluation.npz"}
     for file in manifest["files"]:
         version.verify(file)
-    assert {"torch", "onnx", "onnxruntime", "torch-pruning", "python"} <= set(manifest["tools"])
+    assert {"torch", "onnx", "onnxruntime", "python"} <= set(manifest["tools"])
     weights = version.path / "source/model.safetensors"
     assert manifest["variants"]["fp32"]["parent_sha256"] == file_sha256(weights)
     parent = version.cards()["fp32"].sha256

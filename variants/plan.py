@@ -38,7 +38,7 @@ DEFAULT_ONNX_VARIANTS = (*DEFAULT_VARIANTS, "pruned-unstructured")
 
 _TOOLS = (
     "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino",
-    "safetensors", "torch", "torch-pruning",
+    "safetensors", "torch",
 )  # fmt: skip
 _MAKING = ("data.py", "networks", "recipes", "source.py", "trial.py")
 _JUDGING = (

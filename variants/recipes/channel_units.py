@@ -101,29 +101,60 @@ def _apart(reach: Mapping[str, Gone]) -> Iterator[list[str]]:
 
 
 def _followed(tracer: Tracer, names: Sequence[str], reach: Mapping[str, Gone]) -> Iterator[Pairs]:
-    """(channel, column) wherever a column depends on a channel.
+    """What must go together: channels and columns, wherever a column depends on a channel, or may.
 
-    First all channels whose number has a binary digit 0, and 1, for each digit: that tells a column's one channel by
-    its number. Where a column depends on several, the layer's channels are followed one by one.
+    All channels with the same digit in their number are followed at once, for every digit and place: a column's one
+    channel has all the digits that it sees. Where it depends on several, those that have such digits only are meant,
+    which may be too many: then numbers are read another way, and at last channels are followed one by one.
     """
-    outs = {name: np.arange(tracer.layers[name].outs) for name in names}
-    codes = np.zeros((2, tracer.total), np.intp)
-    for digit in range(int(max(map(len, outs.values())) - 1).bit_length()):
-        for value in (0, 1):
-            seen, _ = tracer.follow({name: own[own >> digit & 1 == value] for name, own in outs.items()})
-            codes[value, seen] |= 1 << digit
-    several = (codes[0] & codes[1]) > 0
-    mixed = [name for name in names if (several & reach[name]).any()]
-    for name in names:
-        if name not in mixed:
-            columns = np.flatnonzero(reach[name])
-            yield np.stack([tracer.first[name] + codes[1, columns], columns], axis=1)
-    for channel in range(max((len(outs[name]) for name in mixed), default=0)):
-        taking_part = [name for name in mixed if channel < len(outs[name])]
-        seen, _ = tracer.follow({name: outs[name][[channel]] for name in taking_part})
+    left = list(names)
+    for parts in (1, 3, 2):  # queries, keys and values, or values and gates, of one layer
+        outs = {name: tracer.layers[name].outs for name in left if tracer.layers[name].outs % parts == 0}
+        digits = {name: _digits(count, parts) for name, count in outs.items()}
+        seen: list[list[Gone]] = []
+        for place in range(max(map(len, digits.values()), default=0)):
+            turns = range(max(int(own[place].max()) + 1 for own in digits.values() if place < len(own)))
+            chosen = [{n: np.flatnonzero(d[place] == v) for n, d in digits.items() if place < len(d)} for v in turns]
+            seen.append([tracer.follow(channels)[0] for channels in chosen])
+        for name in outs:
+            meant = _meant(digits[name], [[each[reach[name]] for each in place] for place in seen])
+            if meant is not None:
+                left.remove(name)
+                yield from _joined(tracer.first[name], meant, np.flatnonzero(reach[name]))
+    for channel in range(max((tracer.layers[name].outs for name in left), default=0)):
+        taking_part = [name for name in left if channel < tracer.layers[name].outs]
+        sees, _ = tracer.follow({name: np.array([channel]) for name in taking_part})
         for name in taking_part:
-            columns = np.flatnonzero(seen & reach[name])
+            columns = np.flatnonzero(sees & reach[name])
             yield np.stack([np.full_like(columns, tracer.first[name] + channel), columns], axis=1)
+
+
+def _digits(count: int, parts: int) -> list[Slots]:
+    """The part that each number below `count` is in, of so many, and the binary digits of its place in it."""
+    part, rest = np.divmod(np.arange(count), count // parts)
+    binary = [rest >> place & 1 for place in range((count // parts - 1).bit_length())]
+    return [part, *binary] if parts > 1 else binary
+
+
+def _meant(digits: Sequence[Slots], seen: Sequence[Sequence[Gone]]) -> npt.NDArray[np.bool_] | None:
+    """By column and channel: whether the column may depend on it, by the digits seen; None where that says too little.
+
+    It says enough if columns that see different digits have no channel in common.
+    """
+    meant = np.ones((len(seen[0][0]), len(digits[0])), np.bool_)
+    for place, own in enumerate(digits):
+        meant &= np.stack(seen[place], axis=1)[:, own]
+    kinds = np.unique(meant, axis=0)
+    return meant if len(kinds) > 1 and (kinds.sum(axis=0) <= 1).all() else None
+
+
+def _joined(first: int, meant: npt.NDArray[np.bool_], columns: Slots) -> Iterator[Pairs]:
+    """Pairs of slots for what may depend on one another."""
+    lowest = meant.argmax(axis=1)
+    yield np.stack([first + lowest, columns], axis=1)
+    for row in np.unique(meant, axis=0):
+        channels = np.flatnonzero(row)
+        yield first + np.stack([np.full_like(channels, channels[0]), channels], axis=1)
 
 
 def find_groups(structure: Structure, values: Sequence[Values]) -> list[Group]:

@@ -97,7 +97,9 @@ def _activations(module: nn.Module, structure: Structure, ingredients: Ingredien
     """The mean magnitude of every column that a layer takes, and of a recurrent layer's last states."""
     total = np.zeros(len(structure.fixed))
     hooks = [
-        layer.module.register_forward_hook(partial(_add_magnitudes, layer, total[structure.share(name)]))
+        layer.module.register_forward_hook(
+            partial(_add_magnitudes, layer, total[structure.share(name)]), with_kwargs=True
+        )
         for name, layer in structure.layers.items()
         if not layer.is_channelwise
     ]
@@ -111,12 +113,12 @@ def _activations(module: nn.Module, structure: Structure, ingredients: Ingredien
     return total[None]
 
 
-def _add_magnitudes(
-    layer: Layer, total: Values, _module: nn.Module, taken: tuple[torch.Tensor, ...], made: Any
-) -> None:
+def _add_magnitudes(layer: Layer, total: Values, _module: nn.Module, *call: Any) -> None:
     """Add what a layer takes, and for a recurrent one its last states, to its slots' sums [outs + ins]."""
+    args, kwargs, made = call
     if len(layer.columns):
-        magnitudes = taken[0].abs().movedim(layer.axis, 0)
+        taken = args[0] if args else next(iter(kwargs.values()))
+        magnitudes = taken.abs().movedim(layer.axis, 0)
         total[layer.columns] += magnitudes.reshape(len(layer.columns), -1).mean(1).numpy()
     if layer.blocks:
         states = made[1][0] if isinstance(made[1], tuple) else made[1]  # [layers x directions, (batch), units]
@@ -126,7 +128,7 @@ def _add_magnitudes(
 
 def _chunks(module: nn.Module, ingredients: Ingredients, size: int) -> Iterator[list[torch.Tensor]]:
     """Samples as inputs in the order of `forward`, `size` at a time. Raises RecipeRejected if there are none."""
-    samples = ingredients.calibration or ingredients.training or ingredients.example
+    samples = ingredients.training or ingredients.calibration or ingredients.example
     if samples is None:
         raise RecipeRejected("this importance needs samples; add `calibration:` or `training:` data, or take `l1`")
     samples, batched = spread(samples, _SAMPLES), ingredients.source.max_batch > 0
