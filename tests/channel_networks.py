@@ -203,11 +203,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Rows as tokens, positions added, two blocks, the mean over tokens."""
 
-    def __init__(self, block: Callable[[], nn.Module]) -> None:
+    def __init__(self, block: Callable[[], nn.Module], width: int = 32) -> None:
         super().__init__()
-        self.embed, self.blocks = nn.Linear(8, 32), nn.Sequential(block(), block())
-        self.positions = nn.Parameter(torch.randn(1, 8, 32))
-        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 10)
+        self.embed, self.blocks = nn.Linear(8, width), nn.Sequential(block(), block())
+        self.positions = nn.Parameter(torch.randn(1, 8, width))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         answer: Tensor = self.head(self.norm(self.blocks(self.embed(x[:, 0]) + self.positions)).mean(1))
@@ -292,6 +292,11 @@ CASES: Mapping[str, Case] = {
     "words": Case(Words, {"embedding": [0, 3, 5, 6], "gru": [1, 2, 3, 8, 9, 11]}, {"embedding": 4, "gru": 6}),
     "heads by attribute": Case(lambda: Transformer(lambda: Block("attribute")), DEAD_HEADS, LEFT_HEADS),
     "heads inferred": Case(lambda: Transformer(lambda: Block("inferred")), DEAD_HEADS, LEFT_HEADS),
+    "heads of width 12": Case(
+        lambda: Transformer(lambda: Block("attribute", 48), 48),
+        {"blocks.0.qkv": [row + part for part in (0, 48, 96) for row in range(12, 36)]},
+        {"blocks.0.qkv": 72, "blocks.1.qkv": 144},
+    ),
     "heads by width": Case(
         lambda: Transformer(lambda: Block("width")),
         {"blocks.0.up": range(32), "blocks.1.up": range(32)},

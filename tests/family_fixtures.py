@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -58,27 +58,28 @@ SMALL = {
 
 @dataclass(frozen=True, slots=True)
 class Families:
-    """A repository with one model for each family. Not to be changed."""
+    """A repository that gets each family once it is asked for. Not to be changed."""
 
     root: Path
-    crashed: tuple[str, ...]
+    crashed: dict[str, list[str]] = field(default_factory=dict)
+
+    def made(self, family: str) -> Path:
+        """The folder of a family with its variants: about twenty seconds of processor time at first."""
+        folder = self.root / family
+        if family not in self.crashed:
+            train_small(folder, SMALL[family])
+            self.crashed[family] = make_variants(folder)
+        return folder
 
     def cards(self, family: str) -> Mapping[str, Card]:
         """What was proven about each variant."""
-        version = ModelFolder(self.root / family).newest()
+        version = ModelFolder(self.made(family)).newest()
         found = {name: version.card(name) for name in version.manifest().variants}
         return {name: card for name, card in found.items() if card is not None}
 
     def artefact(self, family: str, variant: str) -> Path:
         """The main file of a variant."""
-        return self.root / family / "1/variants" / variant / "model.onnx"
-
-
-def make_families(root: Path) -> Families:
-    """Train all four families and make their variants: a good minute of processor time."""
-    for family, small in SMALL.items():
-        train_small(root / family, small)
-    return Families(root, tuple(crash for family in SMALL for crash in make_variants(root / family)))
+        return self.made(family) / "1/variants" / variant / "model.onnx"
 
 
 def train_small(folder: Path, small: Small) -> None:
@@ -97,4 +98,4 @@ def make_variants(folder: Path) -> list[str]:
     planned = plan(version, hardware, quick=False)
     with importable(folder), TemporaryDirectory() as work:
         factory = open_factory(version, planned[0], hardware, Path(work), Options(), Reporter())
-        return [f"{folder.name} {each.name}" for each in planned if not factory.make(each)]
+        return [each.name for each in planned if not factory.make(each)]

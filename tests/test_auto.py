@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from variants import auto
 from variants.auto import OUT_OF_BUDGET, Facts, candidates, fallen, read_record
 from variants.hardware import Hardware
 from variants.repository import ModelFolder, RepositoryError
+from variants.summary import Speed
 from variants.variant import Card, Evidence, Gate, Interval, Verdict
 
 
@@ -83,7 +85,7 @@ def test_what_is_kept_is_the_pareto_front() -> None:
         "bad": card("bad", 0.5, Verdict.REJECTED),
         "homeless": card("homeless", 0.001),
     }
-    speeds = {
+    ratios = {
         "fp32": {1: 1.0, 32: 1.0},
         "fast": {1: 3.0, 32: 3.0},
         "worse": {1: 2.0, 32: 3.0},
@@ -91,13 +93,28 @@ def test_what_is_kept_is_the_pareto_front() -> None:
         "slow": {1: 0.5, 32: 1.01},
         "bad": {1: 9.0, 32: 9.0},
     }
-    reasons = fallen(cards, speeds)
+    reasons = fallen(cards, {name: Speed("onnxruntime", own) for name, own in ratios.items()})
     assert reasons == {
         "worse": "passed, but fast is no slower and proven as accurate",
         "slow": "passed, but no faster than fp32",
         "bad": "rejected: so it was",
         "homeless": "passed, but no runtime here can run it fast",
     }
+
+
+def test_drop_and_speed_are_one_runtimes() -> None:
+    """A variant that is fast where it is worse does not push out one that is better there."""
+    two_faced = card("two-faced", 0.001)
+    worse = Interval(0.02, 0.02, 0.02)
+    elsewhere = replace(two_faced.runtimes["onnxruntime"], accuracy_drop=worse)
+    two_faced = replace(two_faced, runtimes={**two_faced.runtimes, "openvino": elsewhere})
+    cards = {"fp32": card("fp32", 0.0), "two-faced": two_faced, "honest": card("honest", 0.005)}
+    speeds = {
+        "fp32": Speed("onnxruntime", {1: 1.0}),
+        "two-faced": Speed("openvino", {1: 4.0}),
+        "honest": Speed("onnxruntime", {1: 4.0}),
+    }
+    assert set(fallen(cards, speeds)) == {"two-faced"}
 
 
 @pytest.fixture(scope="module")
@@ -149,5 +166,5 @@ def test_a_used_up_budget_is_a_reason(settled: Built) -> None:
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     """A record that cannot be read is an error with its path, not a crash."""
     (tmp_path / auto.FILE).write_text("{}")
-    with pytest.raises(RepositoryError, match=r"auto\.json: budget_minutes: Field required"):
+    with pytest.raises(RepositoryError, match=r"auto\.json: host: Field required"):
         read_record(tmp_path)

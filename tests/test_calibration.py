@@ -96,6 +96,12 @@ def test_a_tensor_of_zeros_has_no_range() -> None:
         assert observed(np.zeros(10, np.float32)).range(method) == (0, 0)
 
 
+def test_a_tensor_of_almost_nothing_has_a_range() -> None:
+    """Values so small that their reciprocal overflows are no reason to fail; the range is all of them."""
+    for method in METHODS:
+        assert observed(np.full(10, 1e-37, np.float32)).range(method)[1] == np.float32(1e-37)
+
+
 def activations(tmp_path: Path, x: Array, max_batch: int = 32) -> Activations:
     """Input and output of a product of x [n, 4] with twice the identity."""
     graph = product_graph(tmp_path / "g.onnx", 2 * np.eye(4))

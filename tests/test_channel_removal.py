@@ -126,6 +126,23 @@ def test_a_computed_weight_keeps_its_width() -> None:
     assert widths == [16, 6, 10]
 
 
+def test_code_that_looks_into_torchs_attention_keeps_it() -> None:
+    """Heads stay where the plain layers would be missed; everything else still goes."""
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = encoder_layer(), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.head(self.block(x)) * self.block.get_submodule("self_attn").num_heads
+            return answer
+
+    pruned = narrower(Looking().eval(), {"x": torch.randn(2, 5, 32)}, 0.5)
+    assert isinstance(pruned.get_submodule("block.self_attn"), nn.MultiheadAttention)
+    assert pruned.get_parameter("block.linear1.weight").shape == (32, 32)
+
+
 def test_the_given_module_stays_as_it_is() -> None:
     """What is pruned is a copy, attention included."""
     module = Transformer(encoder_layer).eval()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from channel_networks import CASES, Transformer, encoder_layer
 from torch import nn
 
 from variants.recipes.channel_removal import remove
+from variants.recipes.channel_trace import Tracer
 from variants.recipes.channel_units import find_groups, find_structure
 from variants.recipes.channels import narrower
 from variants.recipes.importance import norms
@@ -71,6 +73,28 @@ def test_without_its_dead_channels_a_network_answers_as_before(name: str) -> Non
     with torch.no_grad():
         torch.testing.assert_close(pruned(unseen), module(unseen), atol=1e-5, rtol=1e-5)
         assert pruned(unseen).std() > 1e-3  # it still says something
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "deep" not in name])
+def test_units_are_those_of_following_channels_one_by_one(name: str) -> None:
+    """Following many channels at once, told apart by the digits of their numbers, joins no more than it must."""
+    torch.manual_seed(0)
+    module = alive(CASES[name].make())
+    structure, tracer = find_structure(module, [IMAGES]), Tracer(module, [IMAGES])
+    unit = {slot: {slot} for slot in range(tracer.total)}
+    pairs = [
+        (structure.first[n] + a, structure.first[n] + b) for n, each in tracer.layers.items() for a, b in each.ties
+    ]
+    for layer in set(tracer.layers) - set(structure.reasons):
+        for channel in range(tracer.layers[layer].outs):
+            seen, _ = tracer.follow({layer: np.array([channel])})
+            pairs += [(tracer.first[layer] + channel, column) for column in np.flatnonzero(seen).tolist()]
+    for a, b in pairs:
+        if unit[a] is not unit[b]:
+            unit[a] |= unit[b]
+            unit |= dict.fromkeys(unit[b], unit[a])
+    for group in find_groups(structure, [norms(structure, 1)]):
+        assert [unit[int(found[0])] for found in group.units] == [set(found.tolist()) for found in group.units]
 
 
 def test_torchs_own_attention_loses_whole_heads() -> None:

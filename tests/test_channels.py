@@ -141,6 +141,28 @@ def test_a_sparsity_is_a_share_or_auto(sparsity: object) -> None:
         PruneChannels.model_validate({"sparsity": sparsity})
 
 
+@pytest.mark.parametrize(
+    ("make", "weights"),
+    [(lambda: Transformer(encoder_layer), {32 * 16, 32 * 32}), (lambda: DeepRecurrent(torch.nn.LSTM), {24 * 8, 24 * 6})],
+)
+def test_pruned_heads_and_units_are_exported(
+    tmp_path: Path, make: Callable[[], torch.nn.Module], weights: set[int]
+) -> None:
+    """The graph of a transformer or a recurrent network has the narrow weights, and answers like the narrow module."""
+    torch.manual_seed(0)
+    inputs = Samples({"x": np.random.default_rng(0).normal(size=(4, 1, 8, 8)).astype(np.float32)})
+    source = Source(tmp_path / "none.onnx", Signature((), (), batch_axis=True), 32, make().eval())
+    given = Ingredients(source, inputs, ModelConfig(), inputs, None, CPU, tmp_path)
+    product = prune_channels(given, PruneChannels(recover="none", round_to=1))
+    graph = onnx.load(product.files["model.onnx"]).graph
+    sizes = [int(np.prod(tensor.dims)) for tensor in graph.initializer]
+    assert weights <= set(sizes) | {size // 2 for size in sizes}
+    assert product.module is not None
+    with torch.no_grad():
+        wanted = product.module(torch.from_numpy(inputs.inputs["x"])).numpy()
+    np.testing.assert_allclose(run(product.files["model.onnx"], x=inputs.inputs["x"]), wanted, atol=1e-5)
+
+
 def test_pruning_channels_needs_a_module(built_digits: Built, tmp_path: Path) -> None:
     """An ONNX source cannot lose channels, and the reason names what can be done instead."""
     with pytest.raises(RecipeRejected, match=r"needs a torch source.*pruned-unstructured"):

@@ -245,6 +245,33 @@ def test_a_tensor_is_quantised_once_for_all_that_read_it(tmp_path: Path) -> None
         np.testing.assert_allclose(answer, x @ weight, atol=0.3)
 
 
+def test_a_source_that_lets_batch_mates_matter_is_not_called_invariant(tmp_path: Path) -> None:
+    """One scale per tensor that the source brings along stays, and so does what it does to answers."""
+    graph = products(tmp_path / "g.onnx", ("x", "y", np.random.default_rng(0).normal(size=(8, 4))))
+    model = onnx.load(graph)
+    model.graph.node.insert(0, helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]))
+    model.graph.node.insert(1, helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]))
+    model.graph.node[2].input[0] = "d"
+    onnx.save(model, graph)
+    made = quantize_dynamic(ingredients(graph, tmp_path), QuantizeDynamic())
+    assert made.facts["batch_invariant"] is False
+
+
+def test_a_graph_made_by_the_recipe_can_be_quantised_further(tmp_path: Path) -> None:
+    """The layer that the first time left in floating point is quantised the second time, under names of its own."""
+    rng = np.random.default_rng(0)
+    graph = products(
+        tmp_path / "g.onnx", ("x", "h", rng.normal(size=(256, 256))), ("h", "y", rng.normal(size=(256, 4)))
+    )
+    x = rng.normal(size=(3, 256)).astype(np.float32)
+    (tmp_path / "again").mkdir()
+    once = quantize_dynamic(ingredients(graph, tmp_path), QuantizeDynamic()).files["model.onnx"]
+    twice = quantize_dynamic(ingredients(once, tmp_path / "again"), QuantizeDynamic())
+    assert twice.facts["quantised_layers"] == 1
+    expected, found = run(graph, x=x), run(twice.files["model.onnx"], x=x)
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
 def test_products_too_small_to_gain_stay_beside_larger_ones(tmp_path: Path) -> None:
     """A narrow head after a wide layer stays in floating point, and the reason is told; alone, it is quantised."""
     wide, head = np.ones((256, 256)), np.ones((256, 10))

@@ -80,6 +80,24 @@ def test_axes_of_an_unknown_input_are_named(tmp_path: Path) -> None:
         export_graph(Mean().eval(), example, tmp_path / "g.onnx", batched=True, axes={"masks": {1: "length"}})
 
 
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [(7, "input: it has no dimension 7"), (2, "dynamic_axes: at half the length it does not work|cannot")],
+)
+def test_axes_that_cannot_vary_are_named(tmp_path: Path, axis: int, message: str) -> None:
+    """A dimension that is not there, or that the network's weights fix, is one clear line."""
+    example = {"x": np.ones((9, 6, 4), np.float32)}
+    with pytest.raises(RepositoryError, match=message) as caught:
+        export_graph(
+            torch.nn.Linear(4, 2).eval(),
+            {"input": example["x"]},
+            tmp_path / "g.onnx",
+            batched=True,
+            axes={"input": {axis: "width"}},
+        )
+    assert "\n" not in str(caught.value)
+
+
 def test_data_must_be_named_as_the_modules_inputs(tmp_path: Path) -> None:
     """A misnamed array is an error that shows the names `forward` has."""
     with pytest.raises(

@@ -101,6 +101,17 @@ def test_what_an_importance_says_nothing_about_is_ranked_by_l1() -> None:
 
 
 @pytest.mark.parametrize("importance", ["activation", "taylor"])
+def test_the_same_channels_go_every_time(importance: Importance) -> None:
+    """Whatever is random is seeded."""
+    module = CASES["heads inferred"].make().eval()
+    images = torch.randn(20, 1, 8, 8)
+    structure = find_structure(module, [images[:2]])
+    ingredients = replace(given(module), calibration=Samples({"x": images.numpy()}))
+    first, second = (values_of(importance, ingredients, module, structure)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("importance", ["activation", "taylor"])
 @pytest.mark.parametrize("name", ["deep LSTM", "deep GRU", "words", "channels last", "heads inferred"])
 def test_every_unit_gets_a_score_from_data(name: str, importance: Importance) -> None:
     """In any structure, recurrent units and attention heads included, units differ, and none is without a score."""
@@ -123,6 +134,10 @@ def test_an_importance_that_lacks_what_it_needs_says_so(importance: Importance, 
     module = Tiny()
     with pytest.raises(RecipeRejected, match=needs):
         scores(importance, module, replace(given(module), example=None, calibration=None))
+    if importance == "batchnorm":
+        module.norm = nn.BatchNorm1d(3, affine=False)
+        with pytest.raises(RecipeRejected, match="with scales"):
+            scores(importance, module, given(module))
 
 
 @pytest.mark.parametrize("importance", ["l1", "l2", "batchnorm"])

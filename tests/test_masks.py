@@ -124,6 +124,13 @@ def test_layers_that_make_the_outputs_keep_all_channels(tmp_path: Path) -> None:
     assert made.facts["zeroed_channel_share"] == round(5 / 11, 4)
 
 
+def test_frozen_layers_may_make_outputs() -> None:
+    """A layer that does not learn makes an output like any other, and does not learn afterwards either."""
+    module = Branches().requires_grad_(False)
+    assert set(output_layers(module, {"input": torch.ones(2, 4)})) == {module.left, module.right, module.classes}
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
 def test_an_onnx_source_is_rejected(tmp_path: Path) -> None:
     """A graph's channels are not masked, and the reason names what is."""
     graph = product_graph(tmp_path / "g.onnx", np.eye(4))

@@ -191,6 +191,16 @@ def test_an_lstm_of_unknown_range_needs_calibration_data(tmp_path: Path) -> None
     assert quantised(graph, tmp_path, calibrated=False).facts["quantised_layers"] == 1
 
 
+@pytest.mark.parametrize("value", [0, np.nan])
+def test_calibration_data_without_a_range_leave_an_lstm_in_floats(tmp_path: Path, value: float) -> None:
+    """Nothing but zeros or NaN says nothing of how far inputs reach."""
+    graph = layer_graph(tmp_path / "g.onnx", "LSTM")
+    empty = Samples({"x": np.full((2, STEPS, 1, WIDTH), value, np.float32)})
+    given = ingredients(graph, tmp_path, empty, source=Source(graph, read_signature(graph), 0))
+    with pytest.raises(RecipeRejected, match="no range of its input"):
+        quantize_dynamic(given, QuantizeDynamic())
+
+
 STATE = np.full((1, 3, 6), 0.5, np.float32)
 
 

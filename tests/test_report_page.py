@@ -229,7 +229,7 @@ def test_what_auto_tried_is_told_candidate_by_candidate(rich: Path) -> None:
         Attempt({"name": "int8-mixed"}, kept=False, reason=f"rejected: {HOSTILE}", card=fell, seconds=4.0),
         Attempt({"name": "distilled"}, kept=False, reason="the budget was used up"),
     )
-    write_record(rich / "1", Record(budget_minutes=30.0, complete=False, attempts=attempts))
+    write_record(rich / "1", Record("host", budget_minutes=30.0, complete=False, attempts=attempts))
     seen = read(rich)
     assert "What variants: auto tried within 30 minutes, in this order; the budget ended it." in seen.text
     assert "amp kept ✓ passed 12.3 s on the Pareto front" in seen.text

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from factory_fixtures import Built
 from onnx import TensorProto, helper, numpy_helper
@@ -58,13 +59,19 @@ def test_static_int8_is_u8s8_per_channel(built_digits: Built) -> None:
     assert {constants[node.input[2]].data_type for node in activations} == {TensorProto.UINT8}
 
 
-@pytest.mark.parametrize("opset", [11, 12])
-def test_static_int8_of_an_old_opset(tmp_path: Path, opset: int) -> None:
-    """Scales per channel need opset 13, so an older graph is raised to it first."""
+@pytest.mark.parametrize(("opset", "ir_version"), [(11, 9), (12, 9), (8, 3)])
+def test_static_int8_of_an_old_file(tmp_path: Path, opset: int, ir_version: int) -> None:
+    """Scales per channel need opset 13, and weights that are no inputs IR 4: an older file is raised first."""
     graph = product_graph(tmp_path / "g.onnx", np.random.default_rng(0).normal(size=(8, 4)), opset=opset)
+    model = onnx.load(graph)
+    if ir_version < 4:
+        model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [8, 4]))
+    model.ir_version = ir_version
+    onnx.save(model, graph)
     samples = Samples({"x": np.random.default_rng(1).normal(size=(32, 8)).astype(np.float32)})
     made = quantize_static(ingredients(graph, tmp_path, samples), QuantizeStatic())
     assert made.facts["quantised_layers"] == 1
+    assert [value.name for value in onnx.load(made.files["model.onnx"]).graph.input] == ["x"]
 
 
 def resizing_graph(path: Path) -> Path:
@@ -170,6 +177,58 @@ def test_a_relu_that_bytes_replaced_is_not_lost(tmp_path: Path) -> None:
     assert "relu" not in {node.name for node in onnx.load(made).graph.node}
     expected, found = (run(each, x=IMAGES.inputs["x"]) for each in (graph, made))
     assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 0.03
+
+
+CLIPPED = [
+    helper.make_node("Conv", ["x", "k"], ["c"], "first", pads=[1] * 4),
+    helper.make_node("Clip", ["c", "low", "high"], ["r"], "clip"),
+    helper.make_node("Conv", ["r", "k"], ["y"], "second", pads=[1] * 4),
+]
+
+
+@pytest.mark.parametrize(("low", "high", "goes"), [(0, 6, True), (1, 6, False), (-6, -0.5, False)])
+def test_only_a_clip_whose_range_holds_zero_goes(tmp_path: Path, low: float, high: float, goes: bool) -> None:
+    """Bytes always reach over zero, so they cannot stand for other bounds."""
+    bounds = {"low": np.float32(low), "high": np.float32(high)}
+    graph = model_of(tmp_path / "g.onnx", CLIPPED, {"k": KERNEL, **bounds}, ["batch", 2, 8, 8])
+    made = quantize_static(ingredients(graph, tmp_path, IMAGES), QuantizeStatic()).files["model.onnx"]
+    assert ("clip" not in {node.name for node in onnx.load(made).graph.node}) == goes
+    expected, found = (run(each, x=IMAGES.inputs["x"]) for each in (graph, made))
+    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("operator", ["Relu", "Clip"])
+def test_an_output_before_an_activation_is_not_clipped(tmp_path: Path, operator: str) -> None:
+    """A caller who reads a convolution's results gets the negative ones too, whatever follows inside the graph."""
+    nodes = [CLIPPED[0], helper.make_node(operator, ["c"], ["r"], "act"), CLIPPED[2]]
+    nodes[1].input.extend(["low"] if operator == "Clip" else [])
+    constants = {"k": KERNEL, "low": np.float32(0)}
+    graph = model_of(tmp_path / "g.onnx", nodes, constants, ["batch", 2, 8, 8])
+    model = onnx.load(graph)
+    model.graph.output.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, ["batch", 2, 8, 8]))
+    onnx.save(model, graph)
+    made = quantize_static(ingredients(graph, tmp_path, IMAGES), QuantizeStatic()).files["model.onnx"]
+    expected, found = (onnxruntime.InferenceSession(each).run(["c"], IMAGES.inputs)[0] for each in (graph, made))
+    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+
+
+def test_a_quantised_source_is_rejected(tmp_path: Path) -> None:
+    """A graph that holds pairs of QuantizeLinear and DequantizeLinear is not quantised a second time."""
+    graph = product_graph(tmp_path / "g.onnx", np.random.default_rng(0).normal(size=(8, 4)))
+    samples = Samples({"x": np.random.default_rng(1).normal(size=(32, 8)).astype(np.float32)})
+    made = quantize_static(ingredients(graph, tmp_path, samples), QuantizeStatic()).files["model.onnx"]
+    with pytest.raises(RecipeRejected, match="quantised already"):
+        quantize_static(ingredients(made, tmp_path, samples), QuantizeStatic())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 4), (1, 1)])
+def test_a_bias_may_be_broadcast(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """A Gemm's bias in any shape that means one row is quantised with its layer, its beta included."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 8)).astype(np.float32)
+    graph = product_graph(tmp_path / "g.onnx", rng.normal(size=(8, 4)), rng.normal(size=shape) + 3, beta=2.0)
+    made = quantize_static(ingredients(graph, tmp_path, Samples({"x": x})), QuantizeStatic())
+    np.testing.assert_allclose(run(made.files["model.onnx"], x=x), run(graph, x=x), atol=0.2)
 
 
 def test_layers_that_share_a_weight_part(tmp_path: Path) -> None:

@@ -20,13 +20,21 @@ def numbered(count: int) -> Samples:
 
 def test_every_eighth_training_sample_is_for_tuning_and_is_not_trained_on() -> None:
     """The two sets are disjoint, together whole, and the tuning set is spread over the file."""
-    sets = DataSets(training=numbered(800), calibration=numbered(90)).with_tuning()
+    sets = DataSets(training=numbered(800)).with_tuning()
     assert sets.tuning is not None
     assert sets.training is not None
     tuning, training = set(sets.tuning.target.tolist()), set(sets.training.target.tolist())  # type: ignore[union-attr]
     assert (len(tuning), len(training), tuning & training, tuning | training) == (100, 700, set(), set(range(800)))
     assert {min(tuning), max(tuning)} == {0, 799}
-    assert len(sets.calibration or ()) == 90
+
+
+def test_what_is_calibrated_on_is_not_tuned_on() -> None:
+    """Calibration samples among the training set are left out of the tuning set; copies are in one set only."""
+    twice = numbered(800).take(np.arange(800) // 2)
+    sets = DataSets(training=twice, calibration=numbered(100)).with_tuning()
+    tuning, training = (set(each.target.tolist()) for each in (sets.tuning, sets.training))  # type: ignore[union-attr]
+    assert tuning.isdisjoint(range(100))
+    assert tuning.isdisjoint(training)
 
 
 def test_without_training_data_calibration_data_serve() -> None:

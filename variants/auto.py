@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from variants.durable import write_durably
 from variants.hardware import Hardware, possible_precision
 from variants.model_config import RepositoryError, VariantConfig, one_line
+from variants.summary import Speed
 from variants.variant import REFERENCE, Card, Verdict
 
 FILE = "auto.json"
@@ -133,11 +134,11 @@ def _passed(name: str, done: Done) -> bool:
     return name in done and done[name].gate.verdict is Verdict.PASSED
 
 
-def fallen(cards: Done, speeds: Mapping[str, SpeedUps]) -> dict[str, str]:
+def fallen(cards: Done, speeds: Mapping[str, Speed]) -> dict[str, str]:
     """Why each variant is not worth keeping; those on the Pareto front are not mentioned.
 
     A variant is dominated by one whose proven drop is no larger and that is no slower at any measured batch size.
-    `speeds` are the speed-ups over fp32 by batch size, of the variants that can run here.
+    Drop and speed are those of one runtime: the one that each variant is fastest on here.
     """
     reasons = {}
     for name, card in cards.items():
@@ -148,10 +149,13 @@ def fallen(cards: Done, speeds: Mapping[str, SpeedUps]) -> dict[str, str]:
         elif name not in speeds:
             reasons[name] = "passed, but no runtime here can run it fast"
     standing = {name: card for name, card in cards.items() if name not in reasons}
-    order = sorted(standing, key=lambda name: (_drop(standing[name]), -max(speeds[name].values())))
+    if REFERENCE not in speeds:
+        return {name: "fp32 could not be measured beside it" for name in cards if name != REFERENCE}
+    drops = {name: _drop(card, speeds[name].runtime) for name, card in standing.items()}
+    order = sorted(standing, key=lambda name: (drops[name], name != REFERENCE, -max(speeds[name].speed_ups.values())))
     front: list[str] = []
     for name in order:
-        better = next((other for other in front if _no_slower(speeds[other], speeds[name])), None)
+        better = next((other for other in front if _no_slower(speeds[other].speed_ups, speeds[name].speed_ups)), None)
         if better is None or name == REFERENCE:
             front.append(name)
         else:
@@ -160,9 +164,9 @@ def fallen(cards: Done, speeds: Mapping[str, SpeedUps]) -> dict[str, str]:
     return reasons
 
 
-def _drop(card: Card) -> float:
-    """The least upper bound of the drop that any runtime proved; the reference has none."""
-    return 0.0 if card.variant == REFERENCE else min(proof.accuracy_drop.high for proof in card.runtimes.values())
+def _drop(card: Card, runtime: str) -> float:
+    """The upper bound of the drop that was proven on a runtime; the reference has none."""
+    return 0.0 if card.variant == REFERENCE else card.runtimes[runtime].accuracy_drop.high
 
 
 def _no_slower(one: SpeedUps, other: SpeedUps) -> bool:
@@ -189,8 +193,9 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What `auto` did on a version; `complete` unless the budget ended it."""
+    """What `auto` did on a version and a host (`Hardware.fingerprint`); `complete` unless the budget ended it."""
 
+    host: str
     budget_minutes: float
     complete: bool
     attempts: tuple[Attempt, ...]

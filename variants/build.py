@@ -11,7 +11,7 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -82,12 +82,12 @@ def _build_model(model: ModelFolder, only: list[str] | None, options: Options, r
                 f"{model.path}: --variants chooses among configured ones, and `variants: auto` has none"
             )
         return _build_auto(version, hardware, options, reporter)
-    (version.path / auto.FILE).unlink(missing_ok=True)  # what an earlier `variants: auto` did is history
     planned = plan(version, hardware, quick=options.quick)
     names = [variant.name for variant in planned]
     for wanted in only or ():
         if wanted not in names:
             raise RepositoryError(f"{model.path}: no variant {wanted!r} is configured; {nearest(wanted, names)}")
+    (version.path / auto.FILE).unlink(missing_ok=True)  # what an earlier `variants: auto` did is history
     _remove_others(version, names, reporter)
     chosen = [variant for variant in planned if only is None or variant.name in (*only, REFERENCE)]
     if not options.force and all(is_current(version, variant) for variant in chosen):
@@ -120,50 +120,67 @@ def _remove_others(version: VersionFolder, names: list[str], reporter: Reporter)
 
 def _build_auto(version: VersionFolder, hardware: Hardware, options: Options, reporter: Reporter) -> int:
     """Try what `auto.candidates` says within the budget and keep the front. Returns as `_build_model`."""
-    label, record = version.model.name, None
-    with suppress(RepositoryError):  # a damaged record is as good as none
-        record = auto.read_record(version.path)
-    if record is not None and not options.force and _is_settled(version, record, hardware, options):
+    label, record, known = version.model.name, None, dict[str, Attempt]()
+    with suppress(RepositoryError):  # a damaged record, or another release's, is as good as none
+        record = None if options.force else auto.read_record(version.path)
+        known = _known(version, record, hardware, options)
+    if record is not None and _is_settled(version, record, known, options):
         _vouch_for_data(version)
         kept = [attempt.name for attempt in record.attempts if attempt.kept]
         reporter.line(f"{label}: nothing changed; of {len(record.attempts)} techniques it keeps {', '.join(kept)}")
         return 0
     reference = plan(version, hardware, quick=options.quick, entries=[])[0]
     with _factory(version, reference, hardware, options, reporter) as factory:
+        (version.path / auto.FILE).unlink(missing_ok=True)  # an interrupt must not leave it beside other variants
         plans = auto.candidates(factory.facts())
         _remove_others(version, [candidate.variant.name for candidate in plans], reporter)
-        attempts = _try_all(factory, plans)
-        reasons = auto.fallen({a.name: a.card for a in attempts if a.card}, factory.summarise())
+        attempts = _try_all(factory, plans, known)
+        fresh = {a.name: a.card for a in attempts if a.card and a.kept}
+        reasons = auto.fallen(fresh, factory.summarise())
     settled = [replace(a, kept=False, reason=reasons[a.name]) if a.name in reasons else a for a in attempts]
     for attempt in settled:
-        if attempt.card is not None and not attempt.kept:
+        if attempt.name in version.manifest().variants and not attempt.kept:
             version.remove_variant(attempt.name)
         reporter.line(f"{label} {attempt.name}: {'kept' if attempt.kept else 'not kept'}: {attempt.reason}")
     complete = not any(auto.OUT_OF_BUDGET in attempt.reason for attempt in settled)
-    auto.write_record(version.path, Record(options.budget_minutes, complete, tuple(settled)))
+    auto.write_record(version.path, Record(hardware.fingerprint, options.budget_minutes, complete, tuple(settled)))
     return 1 if any(attempt.crashed for attempt in settled) else 0
 
 
-def _is_settled(version: VersionFolder, record: Record, hardware: Hardware, options: Options) -> bool:
-    """Whether nothing changed since, and a larger budget would not try more."""
-    if not record.complete and options.budget_minutes > record.budget_minutes:
-        return False
+def _known(version: VersionFolder, record: Record | None, hardware: Hardware, options: Options) -> dict[str, Attempt]:
+    """What was tried before from the same things on the same host, and ended. Raises RepositoryError."""
+    if record is None or record.host != hardware.fingerprint:
+        return {}
     entries = [VariantConfig.model_validate(attempt.entry) for attempt in record.attempts]
     planned = {each.name: each for each in plan(version, hardware, quick=options.quick, entries=entries)}
-    return all(
-        (not attempt.fingerprint or attempt.fingerprint == planned[attempt.name].fingerprint)
-        and (not attempt.kept or is_current(version, planned[attempt.name]))
+    return {
+        attempt.name: attempt
         for attempt in record.attempts
-    )
+        if not attempt.crashed
+        and attempt.fingerprint in ("", planned[attempt.name].fingerprint)
+        and (not attempt.kept or is_current(version, planned[attempt.name]))
+    }
 
 
-def _try_all(factory: Factory, plans: list[Candidate]) -> list[Attempt]:
-    """Every candidate in turn, or the reason why it was not tried."""
+def _is_settled(version: VersionFolder, record: Record, known: Mapping[str, Attempt], options: Options) -> bool:
+    """Whether nothing changed since, and a larger budget would not try more."""
+    kept = {attempt.name for attempt in record.attempts if attempt.kept}
+    is_whole = len(known) == len(record.attempts) and kept == set(version.manifest().variants)
+    return is_whole and (record.complete or options.budget_minutes <= record.budget_minutes)
+
+
+def _try_all(factory: Factory, plans: list[Candidate], known: Mapping[str, Attempt]) -> list[Attempt]:
+    """Every candidate in turn, or the reason why it was not tried; what is known to have fallen is not made again."""
     end = time.monotonic() + factory.options.budget_minutes * 60
     attempts: list[Attempt] = []
     done: dict[str, Card] = {}
     for candidate in plans:
         name, started = candidate.variant.name, time.monotonic()
+        before = known.get(name)
+        if before is not None and before.card is not None and not before.kept:
+            attempts.append(before)
+            done[name] = before.card
+            continue
         obstacle = candidate.obstacle(factory.facts(), done)
         if obstacle is None and started > end and name != REFERENCE:
             obstacle = auto.OUT_OF_BUDGET

@@ -7,6 +7,7 @@ samples. Every mistake is a `RepositoryError` that names the file and the array.
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,6 +67,26 @@ def read_arrays(path: Path) -> dict[str, Array]:
     if len(set(lengths.values())) > 1:
         raise RepositoryError(f"{path}: arrays differ in length: {lengths}")
     return arrays
+
+
+def array_shapes(path: Path) -> dict[str, list[object]]:
+    """Each array's dtype and its shape without the samples, read from the headers alone. Raises RepositoryError."""
+    found: dict[str, list[object]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(archive.namelist()):
+                with archive.open(name) as file:
+                    version = np.lib.format.read_magic(file)
+                    read = (
+                        np.lib.format.read_array_header_1_0
+                        if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0
+                    )
+                    shape, _, dtype = read(file)
+                    found[name] = [str(dtype), *shape[1:]]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise RepositoryError(f"{path}: not a readable .npz of plain arrays (no pickles): {error}") from error
+    return found
 
 
 def match_inputs(
@@ -161,22 +182,29 @@ class DataSets:
         if self.tuning is not None:
             return self
         if self.training is not None:
-            tuning, training = _set_aside(self.training)
+            tuning, training = _set_aside(self.training, self.calibration)
             return replace(self, tuning=tuning, training=training)
         if self.calibration is not None:
-            tuning, calibration = _set_aside(self.calibration)
+            tuning, calibration = _set_aside(self.calibration, None)
             return replace(self, tuning=tuning, calibration=calibration)
         return self
 
 
-def _set_aside(samples: Samples) -> tuple[Samples | None, Samples]:
-    """Every `_TUNING_STEP`th sample at most, spread evenly, and the rest; None where there are too few to tell."""
-    count = min(len(samples) // _TUNING_STEP, _MOST_TUNING)
+def _set_aside(samples: Samples, calibrating: Samples | None) -> tuple[Samples | None, Samples]:
+    """Every `_TUNING_STEP`th sample at most, spread evenly, and the rest; None where there are too few to tell.
+
+    What is calibrated on is not chosen, and a sample that occurs twice is not in both sets.
+    """
+    digests = _digests(samples)
+    used = set(_digests(calibrating)) if calibrating else set()
+    free = np.array([at for at, digest in enumerate(digests) if digest not in used], np.intp)
+    count = min(len(free) // _TUNING_STEP, _MOST_TUNING)
     if count < _LEAST_TUNING:
         return None, samples
-    chosen = np.zeros(len(samples), np.bool_)
-    chosen[np.linspace(0, len(samples) - 1, count).astype(np.intp)] = True
-    return samples.take(np.flatnonzero(chosen)), samples.take(np.flatnonzero(~chosen))
+    rows = free[np.linspace(0, len(free) - 1, count).astype(np.intp)]
+    aside = {digests[row] for row in rows}
+    rest = [at for at, digest in enumerate(digests) if digest not in aside]
+    return samples.take(rows), samples.take(np.array(rest, np.intp))
 
 
 def read_files(version: VersionFolder) -> dict[str, dict[str, Array]]:
@@ -209,7 +237,8 @@ def match_sets(
         name: match_inputs(paths[name], arrays, specs, target=own.get(name), other_targets=targets_of(version))
         for name, arrays in files.items()
     }
-    for held_out, others in (("evaluation", ("calibration", "training", "tuning")), ("tuning", ("training",))):
+    pairs = (("evaluation", ("calibration", "training", "tuning")), ("tuning", ("training", "calibration")))
+    for held_out, others in pairs:
         for name in others:
             if name in sets and held_out in sets:
                 refuse_overlap(held_out, sets[held_out], name, sets[name])

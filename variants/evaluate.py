@@ -224,7 +224,8 @@ def evidence(
 
 def may_batch(card: Card, proof: Evidence | None) -> bool:
     """Whether batch-mates leave a variant's answers alone: neither its recipe nor the measurement says otherwise."""
-    return card.requirements.get("solo") is not True and (proof is None or proof.batch_invariance <= INVARIANT)
+    said = card.requirements.get("solo") is True or card.parameters.get("batch_invariant") is False
+    return not said and (proof is None or proof.batch_invariance <= INVARIANT)
 
 
 def judge(drop: Interval, agreement: Interval, samples: float, gate: GateConfig) -> Verdict:

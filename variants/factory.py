@@ -28,7 +28,7 @@ from variants.recipes.recipe import Ingredients, Product, RecipeRejected
 from variants.repository import ManifestEntry, VersionFolder, file_sha256
 from variants.runtimes import available_runtimes
 from variants.source import Source, open_source
-from variants.summary import sentences, sound_cards, speeds, table
+from variants.summary import Speed, sentences, sound_cards, speeds, table
 from variants.trial import Trial
 from variants.variant import REFERENCE, Card, Gate, Verdict
 from variants.verify import Verifier
@@ -67,6 +67,10 @@ class Factory:
         label = f"{self.version.model.name} {planned.name}"
         with self.reporter.step(label) as advance:
             card, files, crashed = self._attempt(planned, advance)
+            if crashed and kept_product(self.version, planned) is not None:
+                self.version.doubt(planned.name)
+                self.reporter.line(f"{label}: {card.gate.reason}; what was made before stays")
+                return False
             entry = ManifestEntry(
                 fingerprint="" if crashed else planned.fingerprint,
                 made="" if crashed else planned.made,
@@ -171,8 +175,8 @@ class Factory:
         flags = {"exact_int8_sums": is_wide, "solo": _says(product, "batch_invariant", False)}
         return {"precision": product.precision} | {name: True for name, holds in flags.items() if holds}
 
-    def summarise(self) -> Mapping[str, Mapping[int, float]]:
-        """Measure all variants, show the table and what a person should know; returns speed-ups by batch size."""
+    def summarise(self) -> Mapping[str, Speed]:
+        """Measure all variants, show the table and what a person should know; returns their speeds."""
         cards, absent = sound_cards(self.version)
         with self.reporter.step(f"{self.version.model.name} speed") as advance:
             advance("measuring", 0.0)
@@ -184,7 +188,7 @@ class Factory:
         self.reporter.table(table(cards, found, f"{self.version.model.name} version {self.version.number}"))
         for sentence in (*sentences(cards, found), *absent):
             self.reporter.line(sentence)
-        return {name: speed.speed_ups for name, speed in found.items()}
+        return found
 
 
 def open_factory(
@@ -198,10 +202,10 @@ def open_factory(
         example = {name: array[:_EXAMPLES] for name, array in first.items() if name not in targets}
         source = open_source(version, example or None, work)
         data = match_sets(version, files, source.sample_specs)
+        _refuse_labels(version, source, data)
     if not options.force and kept_product(version, reference) is not None:
-        source = replace(
-            source, graph=version.artefact(REFERENCE, "model.onnx")
-        )  # children descend from what is served
+        served = version.artefact(REFERENCE, "model.onnx")  # which children must descend from
+        source = replace(source, graph=served)
     if options.quick and data.evaluation is not None:
         data = replace(data, evaluation=spread(data.evaluation, QUICK_EVALUATION_SAMPLES))
     _use_our_cores(source, hardware)
@@ -209,6 +213,21 @@ def open_factory(
     verifier = Verifier(config, data.evaluation, source.graph, source.max_batch, runtimes, hardware)
     trial = _trial(source, data, config, hardware)
     return Factory(version, hardware, source, data, verifier, work, trial, options, reporter)
+
+
+def _refuse_labels(version: VersionFolder, source: Source, data: DataSets) -> None:
+    """Raise RepositoryError for targets that name a class which the model has not, before anything is made."""
+    config, classes = version.model.config, source.signature.outputs[0].shape[-1:]
+    if not (config.task == "classification" or config.metric in ("top1", "macro_f1")) or classes in ((), (-1,)):
+        return
+    for name in ("evaluation", "training", "tuning"):
+        section, samples = getattr(config, name), getattr(data, name)
+        if section is None or samples is None or samples.target is None:
+            continue
+        labels = samples.target
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes[0]:
+            path = version.resolve(section.data)
+            raise RepositoryError(f"{path}: array {section.target!r} must hold class numbers 0..{classes[0] - 1}")
 
 
 def _trial(source: Source, data: DataSets, config: ModelConfig, hardware: Hardware) -> Trial | None:

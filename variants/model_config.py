@@ -83,7 +83,7 @@ class SourceConfig(Section):
         if self.dynamic_axes and self.module is None:
             raise ValueError("dynamic_axes are for a `module`; an ONNX file says itself which dimensions vary")
         for name, axes in self.dynamic_axes.items():
-            if wrong := [axis for axis, symbol in axes.items() if axis < 1 or not symbol.isidentifier()]:
+            if wrong := [axis for axis, s in axes.items() if axis < 1 or not s.isidentifier() or s == "batch"]:
                 raise ValueError(
                     f"dynamic_axes: {name}: {wrong[0]} must be a dimension after the batch, 1 or more, "
                     "with a name such as `length`"

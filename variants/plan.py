@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from variants.data import array_shapes
 from variants.hardware import Hardware, needs_reduced_range, possible_precision
 from variants.model_config import (
     RepositoryError,
@@ -85,7 +86,7 @@ def plan(
     Raises RepositoryError for an unknown recipe or parameter.
     """
     making = {"inputs": _making(version), "tools": tool_versions(), "factory": _hashes_of(_MAKING), "quick": quick}
-    judging = {"inputs": _judging(version), "factory": _hashes_of(_JUDGING)}
+    judging = {"inputs": _judging(version), "factory": _hashes_of(_JUDGING), "cuda": bool(hardware.cuda)}
     planned = []
     for entry in _reference_first(_entries(version) if entries is None else entries):
         steps = _checked(version, entry)
@@ -204,8 +205,15 @@ def _making(version: VersionFolder) -> dict[str, object]:
     files = [section.data for section in (config.calibration, config.training, config.tuning) if section is not None]
     files += [file for file in (version.source.onnx, version.source.weights) if file is not None]
     said = config.model_dump(mode="json", exclude=_NOT_MADE_FROM)
-    said |= {"source": version.source.model_dump(mode="json"), "metric": config.metric}
+    said |= {"source": version.source.model_dump(mode="json"), "metric": config.metric, "traced": _traced(version)}
     return {"said": said, "files": {file: file_sha256(version.resolve(file)) for file in files}, "code": _code(version)}
+
+
+def _traced(version: VersionFolder) -> list[object]:
+    """The shapes of the samples that a torch source is traced with: all but the first dimension are in the graph."""
+    config = version.model.config
+    sections = (config.evaluation, config.calibration, config.training) if version.source.module else ()
+    return [array_shapes(version.resolve(section.data)) for section in sections if section is not None]
 
 
 def _judging(version: VersionFolder) -> dict[str, object]:

@@ -295,6 +295,12 @@ class VersionFolder:
         """Replace the manifest atomically."""
         write_durably(self.path / "manifest.json", _to_json(manifest.model_dump()))
 
+    def doubt(self, variant: str) -> None:
+        """Keep a variant as it is, and have the next build make or judge it again."""
+        manifest = self.manifest()
+        entry = manifest.variants[variant].model_copy(update={"fingerprint": ""})
+        self.write_manifest(manifest.model_copy(update={"variants": manifest.variants | {variant: entry}}))
+
     def remove_variant(self, name: str) -> None:
         """Take out a variant that is no longer asked for; the manifest forgets it first."""
         self._record(name, {}, None)

@@ -230,22 +230,26 @@ def example_tensors(module: nn.Module, example: Mapping[str, Array], count: int,
     return tensors
 
 
-def dynamic_shapes(names: Sequence[str], *, batched: bool, axes: Axes) -> dict[str, Any] | None:
+def dynamic_shapes(tensors: Mapping[str, Any], *, batched: bool, axes: Axes) -> dict[str, Any] | None:
     """`dynamic_shapes` for torch.export: dimension 0 of every input is one shared batch, and `axes` vary too.
 
-    Raises RepositoryError for axes of an input that is none.
+    Raises RepositoryError for axes of an input that is none, or that it has not.
     """
     import torch
 
-    for unknown in sorted(set(axes) - set(names)):
-        raise RepositoryError(f"source.dynamic_axes: {unknown!r} is no input; {nearest(unknown, names)}")
+    for unknown in sorted(set(axes) - set(tensors)):
+        raise RepositoryError(f"source.dynamic_axes: {unknown!r} is no input; {nearest(unknown, tensors)}")
+    shift = 0 if batched else -1  # a model without a batch dimension has what the data have after the first
+    for name, varying in axes.items():
+        for axis in varying:
+            if axis + shift >= tensors[name].ndim:
+                raise RepositoryError(f"source.dynamic_axes: {name}: it has no dimension {axis}")
     if not batched and not axes:
         return None
     symbols = {symbol for each in axes.values() for symbol in each.values()}
     dims = {symbol: torch.export.Dim(symbol, min=1) for symbol in symbols}
     batch = {0: torch.export.Dim("batch", min=1)} if batched else {}
-    shift = 0 if batched else -1  # a model without a batch dimension has what the data have after the first
-    return {name: batch | {axis + shift: dims[s] for axis, s in axes.get(name, {}).items()} for name in names}
+    return {name: batch | {axis + shift: dims[s] for axis, s in axes.get(name, {}).items()} for name in tensors}
 
 
 def output_names(answer: Any) -> list[str]:
@@ -274,7 +278,7 @@ def export_graph(
                 module,
                 tuple(tensors.values()),
                 input_names=list(tensors),
-                dynamic_shapes=dynamic_shapes(list(tensors), batched=batched, axes=axes or {}),
+                dynamic_shapes=dynamic_shapes(tensors, batched=batched, axes=axes or {}),
                 dynamo=True,
                 verbose=False,
             )
@@ -288,8 +292,13 @@ def export_graph(
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RepositoryError(f"{type(module).__name__} cannot be exported to ONNX: {first}") from error
-    for each in (example, _halved(example, axes or {})):
-        _check_export(module, each, graph, batched=batched)
+    _check_export(module, example, graph, batched=batched)
+    if axes:
+        try:
+            _check_export(module, _halved(example, axes), graph, batched=batched)
+        except Exception as error:  # someone's own code runs on sizes that it may not have been meant for
+            why = str(error).strip().splitlines()[0]
+            raise RepositoryError(f"source.dynamic_axes: at half the length it does not work: {why}") from error
 
 
 def _halved(example: Mapping[str, Array], axes: Axes) -> Mapping[str, Array]:

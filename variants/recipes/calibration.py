@@ -29,6 +29,7 @@ _BINS = 2048
 _STRIDE = 16
 _PERCENTILE = 0.9999
 _NOTHING = 1e-4  # of a value, where a histogram has none and its logarithm is asked for
+_LEAST_REACH = 1e-30  # what is smaller has no histogram: bins per unit would overflow
 _BUDGET_BYTES = 64 << 20
 
 
@@ -50,7 +51,7 @@ class Observed:
 
     def count(self, values: Array) -> None:
         """Add finite values, which the extremes reach over, to the histogram."""
-        if (reach := self._reach) > np.finfo(np.float32).tiny:
+        if (reach := self._reach) > _LEAST_REACH:
             bins = np.abs(values.ravel()).astype(np.float32) * np.float32(_BINS / reach)
             self.counts += np.bincount(np.minimum(bins.astype(np.int64), _BINS - 1), minlength=_BINS)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from variants.model_config import Section
 from variants.recipes.recipe import Ingredients, Product, Recipe, RecipeRejected
 from variants.runtimes.onnx_signature import read_signature
-from variants.source import Source
 
 Made = MutableMapping[str, Product]
 """What was made so far in this build, by the steps that made it."""
@@ -61,7 +60,7 @@ def _after(product: Product | None, ingredients: Ingredients) -> Ingredients:
     if product is None:
         return ingredients
     graph = product.files[product.artefact]
-    source = Source(graph, read_signature(graph), ingredients.source.max_batch, product.module)
+    source = replace(ingredients.source, graph=graph, signature=read_signature(graph), module=product.module)
     return replace(ingredients, source=source)
 
 

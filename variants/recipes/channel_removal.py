@@ -40,7 +40,6 @@ def remove(
     new = {name: layer.remove(shares[name]) for name, layer in old.items()}
     reasons = []
     for numbers in _numbers(group, going, old, new):
-        between = [_state(owner) for owner in owners]
         _renumber(owners, numbers)
         reason = difference(module, tensors, expected)
         if reason is None:
@@ -48,7 +47,6 @@ def remove(
             structure.gone[gone] = True
             return
         reasons.append(reason)
-        _restore(between)
     _restore(before)
     raise UnsoundRemoval(reasons[0])
 
@@ -91,7 +89,7 @@ def _with_zeros(
 def _numbers(
     group: Group, going: Sequence[int], old: Mapping[str, Layer], new: Mapping[str, Layer]
 ) -> Iterator[dict[int, int]]:
-    """Which integers may have to become which others: none, the number of units, widths."""
+    """Which integers may have to become which others, more and more: none, the number of units, widths."""
     units = {len(group.units): len(group.units) - len(going)}
     widths = {
         len(slots): len(new[name].sizes[size]) for name, layer in old.items() for size, slots in layer.sizes.items()

@@ -117,10 +117,14 @@ def _followed(tracer: Tracer, names: Sequence[str], reach: Mapping[str, Gone]) -
             chosen = [{n: np.flatnonzero(d[place] == v) for n, d in digits.items() if place < len(d)} for v in turns]
             seen.append([tracer.follow(channels)[0] for channels in chosen])
         for name in outs:
-            meant = _meant(digits[name], [[each[reach[name]] for each in place] for place in seen])
-            if meant is not None:
+            columns = np.flatnonzero(reach[name])
+            found = _meant(digits[name], [[each[columns] for each in place] for place in seen])
+            if found is not None:
                 left.remove(name)
-                yield from _joined(tracer.first[name], meant, np.flatnonzero(reach[name]))
+                first, (kinds, kind_of) = tracer.first[name], found
+                yield np.stack([first + kinds.argmax(axis=1)[kind_of], columns], axis=1)
+                for channels in map(np.flatnonzero, kinds):
+                    yield first + np.stack([np.full_like(channels, channels[0]), channels], axis=1)
     for channel in range(max((tracer.layers[name].outs for name in left), default=0)):
         taking_part = [name for name in left if channel < tracer.layers[name].outs]
         sees, _ = tracer.follow({name: np.array([channel]) for name in taking_part})
@@ -136,25 +140,19 @@ def _digits(count: int, parts: int) -> list[Slots]:
     return [part, *binary] if parts > 1 else binary
 
 
-def _meant(digits: Sequence[Slots], seen: Sequence[Sequence[Gone]]) -> npt.NDArray[np.bool_] | None:
-    """By column and channel: whether the column may depend on it, by the digits seen; None where that says too little.
+def _meant(digits: Sequence[Slots], seen: Sequence[Sequence[Gone]]) -> tuple[npt.NDArray[np.bool_], Slots] | None:
+    """Which channels a column may depend on: by kind of column and channel, and the kind of every column.
 
-    It says enough if columns that see different digits have no channel in common.
+    `seen` says by place and digit which columns see it. None where that says too little: where columns of different
+    kinds have a channel in common.
     """
-    meant = np.ones((len(seen[0][0]), len(digits[0])), np.bool_)
-    for place, own in enumerate(digits):
-        meant &= np.stack(seen[place], axis=1)[:, own]
-    kinds = np.unique(meant, axis=0)
-    return meant if len(kinds) > 1 and (kinds.sum(axis=0) <= 1).all() else None
-
-
-def _joined(first: int, meant: npt.NDArray[np.bool_], columns: Slots) -> Iterator[Pairs]:
-    """Pairs of slots for what may depend on one another."""
-    lowest = meant.argmax(axis=1)
-    yield np.stack([first + lowest, columns], axis=1)
-    for row in np.unique(meant, axis=0):
-        channels = np.flatnonzero(row)
-        yield first + np.stack([np.full_like(channels, channels[0]), channels], axis=1)
+    flags = np.stack([sees for place in seen for sees in place])
+    codes = (flags << np.arange(len(flags))[:, None]).sum(axis=0)
+    _, examples, kind_of = np.unique(codes, return_index=True, return_inverse=True)
+    kinds = np.ones((len(examples), len(digits[0])), np.bool_)
+    for own, place in zip(digits, seen, strict=False):
+        kinds &= np.stack(place, axis=1)[examples][:, own]
+    return (kinds, kind_of) if len(kinds) > 1 and (kinds.sum(axis=0) <= 1).all() else None
 
 
 def find_groups(structure: Structure, values: Sequence[Values]) -> list[Group]:

@@ -25,12 +25,15 @@ from variants.recipes.int8 import MATRIX_OPERATORS, Int8
 from variants.recipes.ranges import KnownRanges, Range
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
 from variants.recipes.recurrent import RECURRENT_OPERATORS, Recurrent, read_layer, write_gru, write_lstm
-from variants.recipes.rowwise import LEAST_OPSET, RowWise
+from variants.recipes.rowwise import LEAST_OPSET, RowWise, unused_prefix
 from variants.runtimes.onnx_signature import nested_graphs
 from variants.source import without_library_noise
 
 _LEAST_WORK = 100.0
 """Multiply-accumulates per element read or written, k·n / (k + n), from which on a product gets faster (measured)."""
+
+_SHARED_SCALES = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
+"""What finds one scale for a whole tensor, and so for all samples of a batch."""
 
 _SAMPLES, _QUICK_SAMPLES = 256, 64
 
@@ -75,12 +78,13 @@ def quantize_dynamic(ingredients: Ingredients, parameters: QuantizeDynamic) -> P
     if not layers.chosen:
         reasons = "; ".join(f"{name}: {why}" for name, why in layers.left.items())
         raise RecipeRejected(f"nothing to quantise: {reasons or 'no MatMul, Gemm, LSTM or GRU with constant weights'}")
-    _rewrite(model.graph, layers, known, seen, RowWise(63 if reduce_range else 127))
+    invariant = not _shares_scales(model.graph)
+    _rewrite(model.graph, layers, known, seen, RowWise(63 if reduce_range else 127, prefix=unused_prefix(model.graph)))
     target = finished(ingredients, model, "int8-dynamic.onnx")
     facts = {
         "quantised_layers": len(layers.chosen),
         "float_layers": len(layers.left),
-        "batch_invariant": True,
+        "batch_invariant": invariant,
         "reduce_range": reduce_range,
     }
     findings = {"float_layers": layers.left, "input_ranges": {name: list(span) for name, span in seen.items()}}
@@ -129,6 +133,11 @@ def _find_layers(graph: onnx.GraphProto, known: KnownRanges) -> _Layers:
     return layers
 
 
+def _shares_scales(graph: onnx.GraphProto) -> bool:
+    """Whether a source, its branches and bodies included, already lets batch-mates matter."""
+    return any(node.op_type in _SHARED_SCALES for inner in nested_graphs(graph) for node in inner.node)
+
+
 def _name(node: onnx.NodeProto) -> str:
     return next(str(output) for output in node.output if output)
 
@@ -167,7 +176,12 @@ def _observe(ingredients: Ingredients, graph: Path, layers: _Layers, known: Know
     names, source = list(unknown.values()), ingredients.source
     activations = Activations(graph, names, samples, source.max_batch, ingredients.hardware.cores)
     observed = activations.observe(histograms=False)
-    return {name: (float(each.lowest), float(each.highest)) for name, each in observed.items()}
+    seen = {name: (float(each.lowest), float(each.highest)) for name, each in observed.items()}
+    for name, tensor in unknown.items():
+        if tensor not in seen or not seen[tensor][0] < seen[tensor][1]:
+            del layers.chosen[name]
+            layers.left[name] = "calibration data show no range of its input: nothing but zeros or NaN"
+    return seen
 
 
 def _leave_small(layers: _Layers) -> None:

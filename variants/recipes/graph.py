@@ -57,9 +57,20 @@ def finished(ingredients: Ingredients, model: onnx.ModelProto, name: str) -> Pat
     for value in (*model.graph.input, *model.graph.output):
         if value.name in given and given[value.name].type.tensor_type.HasField("shape"):
             value.CopyFrom(given[value.name])  # shape inference renames batch symbols: "floor(1.0*batch)"
+    _unlist_weights(model)
     onnx.save(model, target)
     _prove_sound(ingredients, target)
     return target
+
+
+def _unlist_weights(model: onnx.ModelProto) -> None:
+    """Raise a file from before IR 4, where each weight had to be an input too; such weights count as no constants."""
+    if model.ir_version >= 4:
+        return
+    model.ir_version, weights = 4, {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
 
 
 def _prove_sound(ingredients: Ingredients, graph: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from variants.recipes.training import tensors_of
@@ -16,13 +17,30 @@ _PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Linear", "Matmul",
 def output_layers(module: nn.Module, tensors: Mapping[str, Any]) -> list[nn.Module]:
     """The first layers with weights that are met from each output backwards; a residual sum has several.
 
-    `tensors` are an example of the inputs in the order of `forward`. Frozen weights are not met.
+    `tensors` are an example of the inputs in the order of `forward`. Frozen weights are met like any other.
     """
     owners = {id(p): layer for layer in module.modules() for p in layer.parameters(recurse=False)}
     found: list[nn.Module] = []
-    for output in tensors_of(module(*tensors.values())):
-        found += [owners[id(p)] for p in _nearest_weights(output.grad_fn) if id(p) in owners]
+    with _all_learning(module):
+        for output in tensors_of(module(*tensors.values())):
+            found += [owners[id(p)] for p in _nearest_weights(output.grad_fn) if id(p) in owners]
     return list(dict.fromkeys(found))
+
+
+@contextmanager
+def _all_learning(module: nn.Module) -> Iterator[None]:
+    """While open, autograd follows every weight, since its graph is where layers are looked for."""
+    import torch
+
+    frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _nearest_weights(start: Any) -> Iterator[Any]:

@@ -68,7 +68,7 @@ def _archive(ingredients: Ingredients, precision: str) -> Path:
     tensors = example_tensors(source.module, data.inputs, 2, batched=batched)
     narrow = _narrowed(source.module, torch.bfloat16 if precision == "bf16" else torch.float16)
     with without_library_noise(), torch.no_grad():
-        shapes = dynamic_shapes(list(tensors), batched=batched, axes=source.axes)
+        shapes = dynamic_shapes(tensors, batched=batched, axes=source.axes)
         program = torch.export.export(narrow, tuple(tensors.values()), dynamic_shapes=shapes)
         names = [spec.name for spec in source.signature.outputs]
         save_archive(program, ingredients.work / "model.pt2", names)

@@ -8,7 +8,7 @@ stays in floating point reads floating point, wherever that costs an integer ker
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,13 @@ class Prepared:
 
 
 def prepare(ingredients: Ingredients, exclude: Collection[str]) -> Prepared:
-    """Fold the source and find its layers. Raises RecipeRejected where there are none, or nothing to exclude."""
+    """Fold the source and find its layers. Raises RecipeRejected where there are none, or already in bytes."""
     target = ingredients.work / "prepared.onnx"
     model = onnx.load(folded(ingredients.source.graph, ingredients.work, least_opset=_LEAST_OPSET))
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
+        raise RecipeRejected("the graph is quantised already; give the floating-point graph as the source")
     _name_nodes(model.graph)
-    _fold_beta(model.graph)
+    _fold_biases(model.graph)
     _unshare_weights(model.graph)
     onnx.save(model, target)
     names = {node.name for node in model.graph.node}
@@ -91,6 +93,9 @@ def layers_of(graph: onnx.GraphProto, operators: Collection[str], exclude: Colle
         if node.input[0] in constants or node.input[1] not in constants:
             return False
         weight = constants[node.input[1]]
+        bias = constants.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
+        if bias is not None and list(bias.dims) != [_width(node, weight)]:
+            return False  # a bias per row has no integer form
         is_float = weight.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
         return is_float and (node.op_type not in MATRIX_OPERATORS or len(weight.dims) == 2)
 
@@ -147,17 +152,28 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         seen.add(node.name)
 
 
-def _fold_beta(graph: onnx.GraphProto) -> None:
-    """Multiply constant biases by their Gemm's beta, which ONNX Runtime's quantiser drops without doing so."""
+def _width(gemm: onnx.NodeProto, weight: onnx.TensorProto) -> int:
+    """How many columns a Gemm gives."""
+    is_transposed = any(attribute.name == "transB" and attribute.i for attribute in gemm.attribute)
+    return int(weight.dims[0 if is_transposed else -1])
+
+
+def _fold_biases(graph: onnx.GraphProto) -> None:
+    """Make constant biases of Gemm one row [n] where they are, times beta: ONNX Runtime's quantiser knows no other."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type != "Gemm" or len(node.input) < 3 or node.input[2] not in constants:
             continue
-        for beta in [attribute for attribute in node.attribute if attribute.name == "beta" and attribute.f != 1]:
-            bias = numpy_helper.to_array(constants[node.input[2]])
-            node.input[2] = f"{node.input[2]}/{node.name}"
-            graph.initializer.append(numpy_helper.from_array((bias * beta.f).astype(bias.dtype), node.input[2]))
+        bias = row = numpy_helper.to_array(constants[node.input[2]])
+        if node.input[1] in constants and all(size == 1 for size in bias.shape[:-1]):
+            row = np.broadcast_to(bias.reshape(-1), _width(node, constants[node.input[1]]))
+        betas = [attribute for attribute in node.attribute if attribute.name == "beta" and attribute.f != 1]
+        for beta in betas:
+            row = (row * beta.f).astype(bias.dtype)
             beta.f = 1.0
+        if betas or row.shape != bias.shape:
+            node.input[2] = f"{node.input[2]}/{node.name}"
+            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(row), node.input[2]))
 
 
 def _unshare_weights(graph: onnx.GraphProto) -> None:
@@ -187,13 +203,14 @@ def _with_between(graph: onnx.GraphProto, layers: Collection[str], excluded: Col
             feeds.add(node.input[0])
         elif node.op_type in _BETWEEN + _SHAPING and not feeds.isdisjoint(node.output):
             feeds.update(node.input)
+    floats = {*excluded, *_never_bytes(graph)}
     results, in_bytes = set[str](), set[str]()  # what comes of a layer, and what of that is only there as bytes
     nodes = []
     for node in graph.node:
         reads = results.intersection(node.input)
         reads_bytes = not reads.isdisjoint(in_bytes)
         is_layer, is_shaping = node.name in layers, node.op_type in _SHAPING
-        joins = node.op_type in _BETWEEN and node.name not in excluded and bool(reads)
+        joins = node.op_type in _BETWEEN and node.name not in floats and bool(reads)
         joins &= reads_bytes or not feeds.isdisjoint(node.output)
         if is_layer or joins:
             nodes.append(node.name)
@@ -202,6 +219,27 @@ def _with_between(graph: onnx.GraphProto, layers: Collection[str], excluded: Col
         if joins or (is_layer and node.op_type not in MATRIX_OPERATORS) or (is_shaping and reads_bytes):
             in_bytes.update(node.output)
     return nodes
+
+
+def _never_bytes(graph: onnx.GraphProto) -> Iterator[str]:
+    """The Relu and Clip nodes that the range of bytes cannot stand for.
+
+    ONNX Runtime's quantiser removes them and lets the range of their producer's bytes clip. That range always reaches
+    over zero, and clips the tensor before them for whoever else reads it.
+    """
+    constants, outputs = {tensor.name: tensor for tensor in graph.initializer}, {value.name for value in graph.output}
+
+    def bound(node: onnx.NodeProto, index: int, absent: float) -> float:
+        name = node.input[index] if len(node.input) > index else ""
+        if not name:
+            return absent
+        return float(numpy_helper.to_array(constants[name]).item()) if name in constants else float("nan")
+
+    for node in graph.node:
+        clips = node.op_type == "Clip"
+        passes_zero = not clips or bound(node, 1, -np.inf) <= 0 <= bound(node, 2, np.inf)
+        if (clips or node.op_type == "Relu") and (node.input[0] in outputs or not passes_zero):
+            yield node.name
 
 
 def _read_floats(

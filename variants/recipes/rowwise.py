@@ -20,6 +20,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from variants.runtimes.onnx_signature import nested_graphs
+
 LEAST_OPSET = 18
 """ReduceMax takes its axes as an input from here on."""
 
@@ -34,9 +36,24 @@ def quantise_columns(weight: npt.NDArray[Any], limit: int) -> tuple[npt.NDArray[
     return integers.astype(np.int8), scale.astype(np.float32)
 
 
+def unused_prefix(graph: onnx.GraphProto) -> str:
+    """How names may begin that are new to a graph, one that was written here before included."""
+    names: set[str] = set()
+    for inner in nested_graphs(graph):
+        names.update(value.name for value in (*inner.input, *inner.initializer))
+        names.update(name for node in inner.node for name in (node.name, *node.output))
+    prefix = "int8_"
+    while any(name.startswith(prefix) for name in names):
+        prefix += "_"
+    return prefix
+
+
 @dataclass(slots=True)
 class RowWise:
-    """Writes a graph node by node: `nodes` and `constants` are what it has so far; weights lie within ±`limit`."""
+    """Writes a graph node by node: `nodes` and `constants` are what it has so far; weights lie within ±`limit`.
+
+    Every name begins with `prefix`.
+    """
 
     limit: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
@@ -66,7 +83,7 @@ class RowWise:
         key = (array.dtype.str, array.item()) if array.ndim == 0 else None
         if key in self._scalars:
             return self._scalars[key]
-        name = f"int8_constant_{len(self.constants)}"
+        name = f"{self.prefix}constant_{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(array, name))
         if key is not None:
             self._scalars[key] = name
