@@ -36,7 +36,7 @@ class Cnn(nn.Sequential):
 
     def forward(self, image: Tensor) -> Tensor:
         """One logit per digit."""
-        logits: Tensor = super().forward(image)
+        logits: Tensor = super().forward(image)  # type: ignore[no-untyped-call]
         return logits
 
 
@@ -61,7 +61,7 @@ class Mlp(nn.Sequential):
 
     def forward(self, image: Tensor) -> Tensor:
         """One logit per digit."""
-        logits: Tensor = super().forward(image)
+        logits: Tensor = super().forward(image)  # type: ignore[no-untyped-call]
         return logits
 
 
