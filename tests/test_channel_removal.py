@@ -153,6 +153,23 @@ def test_the_given_module_stays_as_it_is() -> None:
     assert not any("forward" in vars(part) for part in module.modules())
 
 
+def test_a_forward_that_a_module_set_itself_is_kept() -> None:
+    """Some modules choose their forward when they are made; following channels puts it back."""
+
+    class Chosen(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 16)
+            self.forward = self.doubled  # type: ignore[method-assign]
+
+        def doubled(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+            return 2 * nn.functional.linear(input, self.weight, self.bias)
+
+    module = nn.Sequential(Chosen(), nn.ReLU(), nn.Linear(16, 10)).eval()
+    before = module(ROWS)
+    find_structure(module, [ROWS])
+    assert torch.equal(module(ROWS), before)
+
+
 def test_rounds_lead_to_the_same_widths() -> None:
     """Half in two rounds leaves what half in one leaves, and the share is that of the first widths."""
     module = Transformer(lambda: Block("attribute")).eval()

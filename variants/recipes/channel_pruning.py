@@ -58,7 +58,7 @@ class Pruning:
         return float(1 - left / first)
 
     def to(self, sparsity: float) -> None:
-        """Remove units until this share of each group's is gone. Raises RecipeRejected if none ever went."""
+        """Remove units until this share of each group's is gone."""
         values = self._measure(self.module, self._structure)
         for group in find_groups(self._structure, values):
             counts = self._units.setdefault(group.layers, [len(group.units)] * 2)
@@ -73,9 +73,12 @@ class Pruning:
                 self._reasons = {name: why for name, why in self._reasons.items() if name not in group.layers}
             except UnsoundRemoval as error:
                 self._reasons |= dict.fromkeys(group.layers, str(error))
-        if self.weights >= self.weights_before:
+
+    def require_smaller(self) -> None:
+        """Raise RecipeRejected, with the reasons, if nothing has gone."""
+        if self.weights == self.weights_before:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(self._reasons.items())[:5])
-            raise RecipeRejected(f"no channel can be removed soundly ({why or 'no layer with channels that may go'})")
+            raise RecipeRejected(f"no channel can be removed soundly ({why or 'each layer has its least width'})")
 
     def findings(self) -> dict[str, object]:
         """The widths of what may go, and why other layers keep theirs, as plain JSON values."""

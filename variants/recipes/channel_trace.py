@@ -82,13 +82,15 @@ class Tracer:
     @contextmanager
     def _answering(self, answer: Answer) -> Iterator[None]:
         """Have `answer(name, forward, args, kwargs)` in place of every part's own forward."""
+        own = {name: vars(part)["forward"] for name, part in self._parts.items() if "forward" in vars(part)}
         try:
             for name, part in self._parts.items():
                 part.forward = _bound(answer, name, part.forward)
             yield
         finally:
-            for part in self._parts.values():
+            for name, part in self._parts.items():
                 vars(part).pop("forward", None)
+                vars(part).update({"forward": own[name]} if name in own else {})
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
+from variants.data import Array
 from variants.model_config import Section
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
 from variants.recipes.training import effort, finetune
@@ -35,8 +36,9 @@ Importance = Literal["l1", "l2", "activation", "taylor", "batchnorm"]
 class PruneChannels(Section):
     """`sparsity` is the share of each layer's channels that goes, or `auto` for as much as the gate lets pass.
 
-    `importance` says which channels go, `recover` how accuracy comes back, `steps` in how many rounds of both (the
-    epochs are shared), and `round_to` of what number the widths that stay are multiples.
+    `importance` says which channels go, `recover` how accuracy comes back, and `round_to` of what number the widths
+    that stay are multiples: ONNX Runtime's fast convolutions want 4. A given sparsity may be reached in `steps`, which
+    share the epochs; `auto` takes its own.
     """
 
     sparsity: float | Literal["auto"] = 0.5
@@ -70,6 +72,7 @@ def prune_channels(ingredients: Ingredients, parameters: PruneChannels) -> Produ
     else:
         pruning, tried = start(ingredients.source.module, ingredients, parameters), []
         epochs = _in_rounds(pruning, ingredients, parameters, parameters.sparsity)
+    pruning.require_smaller()
     target = exported(pruning.module, ingredients, "pruned.onnx")
     facts = {
         "weights_before": pruning.weights_before,
@@ -91,6 +94,7 @@ def narrower(module: nn.Module, tensors: Mapping[str, torch.Tensor], sparsity: f
 
     pruning = Pruning(module, list(tensors.values()), lambda _module, structure: [norms(structure, 1)], round_to=1)
     pruning.to(sparsity)
+    pruning.require_smaller()
     return pruning.module
 
 
@@ -101,11 +105,8 @@ def start(module: nn.Module, ingredients: Ingredients, parameters: PruneChannels
     from variants.recipes.channel_pruning import Pruning
     from variants.recipes.importance import values_of
 
-    if ingredients.example is None:
-        raise RecipeRejected("removing channels needs samples to run the module on; add `evaluation:` data")
     torch.manual_seed(0)
-    batched = ingredients.source.max_batch > 0
-    tensors = example_tensors(module, ingredients.example.inputs, _SAMPLES, batched=batched)
+    tensors = example_tensors(module, _inputs(ingredients), _SAMPLES, batched=ingredients.source.max_batch > 0)
     measure = partial(values_of, parameters.importance, ingredients)
     return Pruning(module, list(tensors.values()), measure, parameters.round_to)
 
@@ -130,7 +131,7 @@ def recover(
     module: nn.Module, ingredients: Ingredients, parameters: PruneChannels, epochs: int, part: tuple[float, float]
 ) -> int:
     """Train a pruned module; returns the epochs. `part` is where this begins in all that is done, and its share."""
-    teacher = ingredients.teacher or ingredients.source.module
+    teacher = ingredients.source.module if ingredients.teacher is None else ingredients.teacher
     if parameters.recover == "none" or epochs == 0 or teacher is None:
         return 0
     begun, share = part
@@ -141,11 +142,14 @@ def recover(
 def exported(module: nn.Module, ingredients: Ingredients, name: str) -> Path:
     """The module as a graph in the recipe's folder. Raises RecipeRejected."""
     source, target = ingredients.source, ingredients.work / name
-    if ingredients.example is None:
-        raise RecipeRejected("exporting a pruned module needs samples; add `evaluation:` data")
     try:
-        inputs, batched = ingredients.example.inputs, source.max_batch > 0
-        export_graph(module.eval(), inputs, target, batched=batched, axes=source.axes)
+        export_graph(module, _inputs(ingredients), target, batched=source.max_batch > 0, axes=source.axes)
     except RepositoryError as error:
         raise RecipeRejected(f"the pruned module cannot be exported: {error}") from error
     return target
+
+
+def _inputs(ingredients: Ingredients) -> Mapping[str, Array]:
+    if ingredients.example is None:
+        raise RecipeRejected("removing channels needs samples to run the module on; add `evaluation:` data")
+    return ingredients.example.inputs
