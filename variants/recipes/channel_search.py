@@ -17,8 +17,8 @@ from variants.recipes.training import effort
 if TYPE_CHECKING:
     from variants.recipes.channel_pruning import Pruning
 
-_SPARSITIES, _QUICK_SPARSITIES = (0.3, 0.5, 0.65, 0.75, 0.85), (0.5, 0.75)
-"""Each leaves about half the weights of the one before."""
+_SPARSITIES, _QUICK_SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9), (0.5, 0.75)
+"""A half, a quarter, a tenth, a twentieth and a hundredth of the weights that touch pruned channels on both sides."""
 _SHARE = 0.1
 """A candidate's part of all the work."""
 

@@ -109,16 +109,11 @@ def _followed(tracer: Tracer, names: Sequence[str], reach: Mapping[str, Gone]) -
     """
     left = list(names)
     for parts in (1, 3, 2):  # queries, keys and values, or values and gates, of one layer
-        outs = {name: tracer.layers[name].outs for name in left if tracer.layers[name].outs % parts == 0}
-        digits = {name: _digits(count, parts) for name, count in outs.items()}
-        seen: list[list[Gone]] = []
-        for place in range(max(map(len, digits.values()), default=0)):
-            turns = range(max(int(own[place].max()) + 1 for own in digits.values() if place < len(own)))
-            chosen = [{n: np.flatnonzero(d[place] == v) for n, d in digits.items() if place < len(d)} for v in turns]
-            seen.append([tracer.follow(channels)[0] for channels in chosen])
-        for name in outs:
+        digits = {n: _digits(outs, parts) for n in left if (outs := tracer.layers[n].outs) % parts == 0}
+        seen = _seen_by_digit(tracer, digits)
+        for name, own in digits.items():
             columns = np.flatnonzero(reach[name])
-            found = _meant(digits[name], [[each[columns] for each in place] for place in seen])
+            found = _meant(own, [[each[columns] for each in place] for place in seen])
             if found is not None:
                 left.remove(name)
                 first, (kinds, kind_of) = tracer.first[name], found
@@ -131,6 +126,17 @@ def _followed(tracer: Tracer, names: Sequence[str], reach: Mapping[str, Gone]) -
         for name in taking_part:
             columns = np.flatnonzero(sees & reach[name])
             yield np.stack([np.full_like(columns, tracer.first[name] + channel), columns], axis=1)
+
+
+def _seen_by_digit(tracer: Tracer, digits: Mapping[str, Sequence[Slots]]) -> list[list[Gone]]:
+    """By place and digit: the slots that see the channels of these layers whose number has that digit there."""
+    seen = []
+    for place in range(max(map(len, digits.values()), default=0)):
+        here = {name: own[place] for name, own in digits.items() if place < len(own)}
+        values = range(max(int(own.max()) + 1 for own in here.values()))
+        chosen = [{name: np.flatnonzero(own == value) for name, own in here.items()} for value in values]
+        seen.append([tracer.follow(channels)[0] for channels in chosen])
+    return seen
 
 
 def _digits(count: int, parts: int) -> list[Slots]:
