@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from variants.data import Samples
+from variants.export import export_graph
 from variants.model_config import ModelConfig
 from variants.recipes.recipe import Ingredients
-from variants.source import export_graph
 from variants.trial import Trial
 
 OUTLIER = 5

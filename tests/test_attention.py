@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from variants.recipes.attention import Attention, with_plain_attention
+from variants.recipes.pruning.attention import Attention, with_plain_attention
 
 BATCH, QUERIES, KEYS, WIDTH, HEADS = 3, 5, 6, 16, 4
 FORBIDDEN = torch.rand(QUERIES, KEYS, generator=torch.Generator().manual_seed(0)) > 0.6

@@ -10,8 +10,8 @@ import pytest
 from recipe_fixtures import Array, product_graph
 
 from variants.data import Samples
-from variants.recipes import calibration
-from variants.recipes.calibration import METHODS, Activations, Method, Observed
+from variants.recipes.int8 import calibration
+from variants.recipes.int8.calibration import METHODS, Activations, Method, Observed
 
 LAPLACE = np.random.default_rng(0).laplace(size=200_000).astype(np.float32)
 

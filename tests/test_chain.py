@@ -16,9 +16,9 @@ from variants.hardware import Hardware
 from variants.model_config import RepositoryError, Section, VariantConfig, read_model_config
 from variants.plan import plan
 from variants.recipes.chain import Step, run_chain
-from variants.recipes.dynamic import quantize_dynamic
+from variants.recipes.int8.dynamic import quantize_dynamic
+from variants.recipes.pruning.unstructured import PruneUnstructured
 from variants.recipes.recipe import Ingredients, NoParameters, Product, Recipe, RecipeRejected
-from variants.recipes.unstructured import PruneUnstructured
 from variants.repository import ModelFolder
 
 

@@ -11,11 +11,11 @@ from channel_networks import Block, Transformer, encoder_layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from variants.recipes.channel_pruning import Pruning
-from variants.recipes.channel_removal import UnsoundRemoval, remove
-from variants.recipes.channel_units import Structure, Values, find_groups, find_structure
-from variants.recipes.channels import narrower
-from variants.recipes.importance import norms
+from variants.recipes.pruning.channels import narrower
+from variants.recipes.pruning.importance import norms
+from variants.recipes.pruning.pruning import Pruning
+from variants.recipes.pruning.removal import UnsoundRemoval, remove
+from variants.recipes.pruning.units import Structure, Values, find_groups, find_structure
 from variants.recipes.recipe import RecipeRejected
 
 ROWS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

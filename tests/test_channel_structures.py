@@ -10,11 +10,11 @@ import torch
 from channel_networks import CASES, Transformer, encoder_layer
 from torch import nn
 
-from variants.recipes.channel_removal import remove
-from variants.recipes.channel_trace import Tracer
-from variants.recipes.channel_units import find_groups, find_structure
-from variants.recipes.channels import narrower
-from variants.recipes.importance import norms
+from variants.recipes.pruning.channels import narrower
+from variants.recipes.pruning.importance import norms
+from variants.recipes.pruning.removal import remove
+from variants.recipes.pruning.trace import Tracer
+from variants.recipes.pruning.units import find_groups, find_structure
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -18,12 +18,13 @@ from recipe_fixtures import CPU, built, images, ingredients, run
 
 from variants.cost import cost_of
 from variants.data import DataSets, Samples
+from variants.export import export_graph
 from variants.model_config import ModelConfig
-from variants.recipes.channel_pruning import kept
-from variants.recipes.channels import PruneChannels, narrower, prune_channels
+from variants.recipes.pruning.channels import PruneChannels, narrower, prune_channels
+from variants.recipes.pruning.pruning import kept
 from variants.recipes.recipe import Ingredients, RecipeRejected
 from variants.runtimes.onnx_signature import Signature, read_signature
-from variants.source import Source, export_graph
+from variants.source import Source
 from variants.trial import Trial
 
 

@@ -18,11 +18,11 @@ from trained_cnn import Trained, load_trained
 from training_fixtures import config, lesson, points
 
 from variants.data import Samples
-from variants.recipes.distill import Distil, Lesson, distil
-from variants.recipes.hints import listening, pair_layers
-from variants.recipes.mixed_precision import MixedPrecision
+from variants.recipes.distillation.distill import Distil, Lesson, distil
+from variants.recipes.distillation.hints import listening, pair_layers
 from variants.recipes.recipe import Product, RecipeRejected
-from variants.recipes.training import Batch, Batches
+from variants.recipes.training.fit import Batch, Batches
+from variants.recipes.training.mixed_precision import MixedPrecision
 from variants.repository import open_path
 
 

@@ -18,14 +18,15 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from variants.data import Samples
+from variants.export import export_graph
 from variants.hardware import Hardware
-from variants.recipes import dynamic
-from variants.recipes.dynamic import QuantizeDynamic, quantize_dynamic, quantize_per_tensor
+from variants.recipes.int8 import dynamic
+from variants.recipes.int8.dynamic import QuantizeDynamic, quantize_dynamic, quantize_per_tensor
+from variants.recipes.int8.static import QuantizeStatic, quantize_static
 from variants.recipes.recipe import RecipeRejected
-from variants.recipes.static import QuantizeStatic, quantize_static
 from variants.runtimes.onnx_signature import read_signature
 from variants.runtimes.openvino_runtime import OpenVino
-from variants.source import Source, export_graph
+from variants.source import Source
 
 
 def fused(graph: Path) -> list[str]:

@@ -14,9 +14,10 @@ import safetensors.torch
 import torch
 from onnx import TensorProto, helper
 
+from variants.export import export_graph
 from variants.repository import ModelFolder, RepositoryError
 from variants.runtimes.onnx_signature import read_signature
-from variants.source import export_graph, importable, load_module, open_source
+from variants.source import importable, load_module, open_source
 
 Array = np.ndarray[Any, Any]
 

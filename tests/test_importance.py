@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from variants.data import Samples
 from variants.model_config import ModelConfig
-from variants.recipes.channel_units import find_groups, find_structure, rank
-from variants.recipes.channels import Importance
-from variants.recipes.importance import values_of
+from variants.recipes.pruning.channels import Importance
+from variants.recipes.pruning.importance import values_of
+from variants.recipes.pruning.units import find_groups, find_structure, rank
 from variants.recipes.recipe import Ingredients, RecipeRejected
 from variants.runtimes.onnx_signature import Signature
 from variants.source import Source

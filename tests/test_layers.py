@@ -16,8 +16,8 @@ from torch import nn
 
 from variants.layers import Event, archive_layers, graph_layers, module_layers, self_times
 from variants.measurements import LayerTime
+from variants.quiet import without_library_noise
 from variants.runtimes.torch_runtime import save_archive
-from variants.source import without_library_noise
 
 IMAGE = {"input": np.zeros((1, 1, 8, 8), np.float32)}
 

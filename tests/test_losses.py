@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from variants.recipes.losses import (
+from variants.recipes.training.losses import (
     angle_loss,
     answer_loss,
     distance_loss,

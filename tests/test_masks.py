@@ -17,8 +17,8 @@ from trained_cnn import Trained, load_trained
 
 from variants.cost import cost_of
 from variants.data import Samples
-from variants.recipes.masks import PruneMasks, prune_masks
-from variants.recipes.outputs import output_layers
+from variants.recipes.pruning.masks import PruneMasks, prune_masks
+from variants.recipes.pruning.outputs import output_layers
 from variants.recipes.recipe import Ingredients, RecipeRejected
 from variants.runtimes.onnx_signature import read_signature
 from variants.source import Source
@@ -69,6 +69,25 @@ def test_channels_with_the_least_norm_are_masked(tmp_path: Path, norm: int, gone
     made = prune_masks(given(module, tmp_path), asked)
     assert made.module is not None
     assert zeroed(made.module.get_parameter("0.weight")) == [gone]
+
+
+def test_a_weight_shared_with_the_outputs_or_an_embedding_stays_whole(tmp_path: Path) -> None:
+    """What a hidden layer masks, the layer of the outputs or an embedding would lose too."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.read, self.free = nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.again, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.read.weight, self.again.weight = self.table.weight, self.out.weight
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - what the data are called
+            hidden = self.read(input) + self.table(torch.zeros(1, dtype=torch.long))
+            answer: torch.Tensor = self.out(self.again(self.free(hidden).relu()).relu())
+            return answer
+
+    made = prune_masks(given(Tied(), tmp_path), PruneMasks(recover="none"))
+    assert list(made.findings["zero_share_by_layer"]) == ["free.weight"]  # type: ignore[call-overload]
 
 
 def test_every_layer_keeps_a_channel(tmp_path: Path) -> None:

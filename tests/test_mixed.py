@@ -13,10 +13,10 @@ import pytest
 from quantised_models import digits, given, mlp_weights, transformer, with_outlier, write_mlp
 from recipe_fixtures import product_graph
 
-from variants.recipes.calibration import Activations, Observed
-from variants.recipes.mixed import QuantizeMixed, quantize_mixed
+from variants.recipes.int8.calibration import Activations, Observed
+from variants.recipes.int8.mixed import QuantizeMixed, quantize_mixed
+from variants.recipes.int8.static import QuantizeStatic, quantize_static
 from variants.recipes.recipe import Product, RecipeRejected
-from variants.recipes.static import QuantizeStatic, quantize_static
 
 
 def harmed(tmp_path: Path) -> Path:
@@ -159,7 +159,7 @@ def test_an_onnx_source_needs_no_torch(tmp_path: Path) -> None:
 import sys; sys.modules["torch"] = None
 from pathlib import Path; import numpy as np
 from variants.data import Samples; from variants.hardware import Hardware; from variants.model_config import ModelConfig
-from variants.recipes.mixed import QuantizeMixed, quantize_mixed; from variants.recipes.recipe import Ingredients
+from variants.recipes.int8.mixed import QuantizeMixed, quantize_mixed; from variants.recipes.recipe import Ingredients
 from variants.runtimes.onnx_signature import read_signature; from variants.source import Source
 from variants.trial import Trial
 work = Path({str(tmp_path)!r}); data = np.load(work / "data.npz"); graph = work / "g.onnx"

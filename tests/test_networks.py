@@ -13,11 +13,11 @@ import torch
 from recipe_fixtures import run
 from torch import nn
 
+from variants.export import export_graph
 from variants.networks.blocks import InvertedResidual, Shape, SqueezeExcite, halvings_for, scaled, thinned
 from variants.networks.efficientnet import efficientnet
 from variants.networks.mobilenet_v2 import mobilenet_v2
 from variants.networks.mobilenet_v3 import mobilenet_v3
-from variants.source import export_graph
 
 torch.set_num_threads(1)  # several threads of torch get in each other's way on a shared host
 

@@ -13,13 +13,14 @@ from recipe_fixtures import built, images, ingredients, run
 
 from variants.cost import cost_of
 from variants.data import Samples
+from variants.export import export_graph
 from variants.hardware import CudaDevice, Hardware
 from variants.recipes import precision
 from variants.recipes.precision import make_amp
 from variants.recipes.recipe import NoParameters
 from variants.runtimes.onnx_signature import read_signature
 from variants.runtimes.torch_runtime import TorchRuntime
-from variants.source import Source, export_graph
+from variants.source import Source
 
 
 def test_amp_keeps_the_tensors_a_client_sends(built_digits: Built) -> None:

@@ -14,14 +14,14 @@ from recipe_fixtures import ingredients, product_graph
 from torch import nn
 from trained_cnn import Trained, dequantised_weights, load_trained
 
+from variants.export import export_graph
 from variants.recipes import RECIPES
 from variants.recipes.chain import Step, run_chain
-from variants.recipes.fake_quantize import InputRounding, WeightRounding, fake_quantized
-from variants.recipes.qat import WEIGHT_LIMIT, QuantizeAware, quantize_aware
+from variants.recipes.int8.fake_quantize import InputRounding, WeightRounding, fake_quantized
+from variants.recipes.int8.qat import WEIGHT_LIMIT, QuantizeAware, quantize_aware
+from variants.recipes.int8.static import QuantizeStatic, quantize_static
 from variants.recipes.recipe import RecipeRejected
-from variants.recipes.static import QuantizeStatic, quantize_static
 from variants.runtimes.onnx_signature import read_signature
-from variants.source import export_graph
 
 BRIEF = QuantizeAware(epochs=1, calibrate="minmax", reduce_range=False)
 
@@ -74,15 +74,42 @@ def test_training_rounds_weights_as_the_file_has_them(trained: Trained, tmp_path
         assert len(np.unique(np.rint(rounded[0].numpy() / rounded[0].abs().max().item() * limit))) > 5
 
 
+def given(rounding: InputRounding, layer: nn.Module, *inputs: Any) -> tuple[Any, ...]:
+    """What a layer gets in the place of these inputs."""
+    changed = rounding(layer, inputs, {})
+    assert changed is not None
+    return changed[0]
+
+
+def test_inputs_given_by_name_are_rounded_too() -> None:
+    """A module that calls its layers with keywords trains like any other, in its own type of floats."""
+
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 1, dtype=torch.float64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = self.layer(input=x)
+            return answer
+
+    module, value = Keywords().eval(), torch.tensor([[0.0, 0.3, 1.0, 255.0]], dtype=torch.float64)
+    nn.init.ones_(module.layer.weight)  # which bytes say exactly
+    nn.init.zeros_(module.layer.bias)
+    with fake_quantized(module, 127, lambda: module(value)):
+        rounded = module(value)
+    assert rounded.dtype == torch.float64
+    assert rounded.item() == pytest.approx(256.0)
+    assert module(value).item() == pytest.approx(256.3)
+
+
 def test_inputs_are_rounded_to_bytes_and_learn_where_they_are_not_clipped() -> None:
     """A range of -1 to 2 has steps of 3/255, whole ones from zero; beyond it values are clipped and gradients stop."""
     rounding, layer = InputRounding(), nn.Linear(4, 1).eval()
-    assert rounding(layer, (torch.tensor([[-1.0, 0.0, 0.3, 2.0]]),)) is None
+    assert rounding(layer, (torch.tensor([[-1.0, 0.0, 0.3, 2.0]]),), {}) is None
     rounding.calibrating = False
     value = torch.tensor([[-1.5, 0.0, 0.3, 5.0]], requires_grad=True)
-    answer = rounding(layer, (value, "more"))
-    assert answer is not None
-    rounded, more = answer
+    rounded, more = given(rounding, layer, value, "more")
     step = 3 / 255
     assert rounded.tolist()[0] == pytest.approx([-1.0, 0.0, round(0.3 / step) * step, 2.0], abs=1e-6)
     assert more == "more"
@@ -94,28 +121,22 @@ def test_inputs_are_rounded_to_bytes_and_learn_where_they_are_not_clipped() -> N
 def test_input_ranges_follow_training_slowly() -> None:
     """In training a range moves by a hundredth of the way to what a batch holds; in evaluation it stays."""
     rounding, layer = InputRounding(), nn.Linear(1, 1).eval()
-    rounding(layer, (torch.tensor([[2.55]]),))
+    rounding(layer, (torch.tensor([[2.55]]),), {})
     rounding.calibrating = False
     batch = torch.tensor([[102.55]])
-    clipped = rounding(layer, (batch,))
-    assert clipped is not None
-    assert clipped[0].item() == pytest.approx(2.55)
-    moved = rounding(layer.train(), (batch,))
-    assert moved is not None
-    assert moved[0].item() == pytest.approx(3.55)
+    assert given(rounding, layer, batch)[0].item() == pytest.approx(2.55)
+    assert given(rounding, layer.train(), batch)[0].item() == pytest.approx(3.55)
 
 
 def test_attention_reads_its_three_inputs_rounded_alike() -> None:
     """Query, key and value that are one tensor stay one, which attention looks for; others share the range."""
     rounding, layer = InputRounding(), nn.MultiheadAttention(2, 1).eval()
     query, other = torch.tensor([[[0.0, 2.55]]]), torch.tensor([[[0.014, 1.0]]])
-    rounding(layer, (query, query, query))
+    rounding(layer, (query, query, query), {})
     rounding.calibrating = False
-    same = rounding(layer, (query, query, query, "mask"))
-    assert same is not None
+    same = given(rounding, layer, query, query, query, "mask")
     assert same[0] is same[1] is same[2] is not query
-    mixed = rounding(layer, (query, other, other))
-    assert mixed is not None
+    mixed = given(rounding, layer, query, other, other)
     assert mixed[1] is mixed[2]
     assert mixed[1].tolist() == [[[pytest.approx(0.01), pytest.approx(1.0)]]]
 

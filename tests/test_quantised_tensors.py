@@ -16,8 +16,8 @@ from recipe_fixtures import built, ingredients, product_graph
 
 from variants.data import Samples
 from variants.model_config import ModelConfig
+from variants.recipes.int8.static import QuantizeStatic, quantize_static
 from variants.recipes.recipe import Product
-from variants.recipes.static import QuantizeStatic, quantize_static
 
 
 def table(product: Product) -> dict[str, dict[str, Any]]:

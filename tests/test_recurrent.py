@@ -18,11 +18,12 @@ from torch import nn
 
 from variants.cost import cost_of
 from variants.data import Samples
-from variants.recipes.dynamic import QuantizeDynamic, quantize_dynamic
-from variants.recipes.ranges import KnownRanges
+from variants.export import export_graph
+from variants.recipes.int8.dynamic import QuantizeDynamic, quantize_dynamic
+from variants.recipes.int8.ranges import KnownRanges
 from variants.recipes.recipe import Product, RecipeRejected
 from variants.runtimes.onnx_signature import read_signature
-from variants.source import Source, export_graph
+from variants.source import Source
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 STEPS, WIDTH = 7, 5

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from training_fixtures import lesson, points
 
 from variants.data import Samples
+from variants.export import example_tensors
+from variants.recipes.distillation.shallower import shallower
+from variants.recipes.distillation.students import Initial, count_weights, student_of
 from variants.recipes.recipe import Ingredients, RecipeRejected
-from variants.recipes.shallower import shallower
-from variants.recipes.students import Initial, count_weights, student_of
-from variants.source import example_tensors
 
 INPUT = {"input": torch.randn(2, 4)}
 

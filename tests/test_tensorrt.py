@@ -23,9 +23,9 @@ from quantised_models import (
 )  # fmt: skip
 from recipe_fixtures import ingredients, run
 
-from variants.recipes.mixed import QuantizeMixed, quantize_mixed
-from variants.recipes.static import QuantizeStatic, quantize_static
-from variants.recipes.tensorrt import TENSORRT_FILE
+from variants.recipes.int8.mixed import QuantizeMixed, quantize_mixed
+from variants.recipes.int8.static import QuantizeStatic, quantize_static
+from variants.recipes.int8.tensorrt import TENSORRT_FILE
 
 LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 

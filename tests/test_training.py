@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from training_fixtures import config, lesson, points
 
 from variants.data import Samples
-from variants.recipes.mixed_precision import MixedPrecision
 from variants.recipes.recipe import Ingredients, RecipeRejected
-from variants.recipes.training import Batch, Batches, effort, finetune, fit, tensors_of
+from variants.recipes.training.fit import Batch, Batches, effort, finetune, fit, tensors_of
+from variants.recipes.training.mixed_precision import MixedPrecision
 
 Recover = Literal["finetune", "distill"]
 
@@ -146,7 +146,7 @@ def test_a_recipe_may_ask_for_its_own_epochs(tmp_path: Path) -> None:
     """Its own number replaces the configured one; `--quick` trains a single epoch all the same."""
     given = lesson(linear(), points(), tmp_path, config(epochs=3))
     assert [effort(given)[0], effort(given, 7)[0]] == [3, 7]
-    assert finetune(linear(), linear(), lesson(linear(), points(), tmp_path, quick=True), epochs=7) == 1
+    assert len(finetune(linear(), linear(), lesson(linear(), points(), tmp_path, quick=True), epochs=7)) == 1
 
 
 def test_training_is_repeatable_and_reports_its_progress(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from trained_cnn import Trained, dequantised_weights, load_trained
 
 from variants.cost import cost_of
 from variants.data import Samples
+from variants.export import export_graph
 from variants.recipes import RECIPES
 from variants.recipes.chain import Step, run_chain
+from variants.recipes.pruning.unstructured import PruneUnstructured, prune_unstructured
 from variants.recipes.recipe import RecipeRejected
-from variants.recipes.unstructured import PruneUnstructured, prune_unstructured
 from variants.runtimes.onnx_signature import read_signature
-from variants.source import Source, export_graph
+from variants.source import Source
 
 WEIGHTS = ("0.weight", "4.weight", "7.weight", "9.weight")
 
@@ -109,6 +110,42 @@ def test_pruning_by_layer_takes_the_same_share_everywhere(
     magnitudes = np.abs(trained.module[7].weight.detach().numpy())
     zeros = file["7.weight"] == 0
     assert (magnitudes[zeros].max() < magnitudes[~zeros].min()) == (method == "l1")
+
+
+class Tied(nn.Module):
+    """An embedding that is the last layer's weight too, as in language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden, self.out = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, token: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch] -> logits [batch, 8]."""
+        answer: torch.Tensor = self.out(self.hidden(self.table(token)).relu())
+        return answer
+
+
+def test_a_weight_that_is_an_embedding_too_stays_whole(tmp_path: Path) -> None:
+    """Zeros would change what words mean; only what is read as weights alone is pruned."""
+    module, samples, graph = Tied().eval(), Samples({"token": np.arange(4)}), tmp_path / "g.onnx"
+    export_graph(module, samples.inputs, graph, batched=True)
+    source = Source(graph, read_signature(graph), 32, module)
+    made = prune_unstructured(ingredients(graph, tmp_path, samples, source=source), PruneUnstructured())
+    assert made.findings["zero_share_by_layer"] == {"hidden.weight": 0.5}
+
+
+def test_a_graphs_weight_that_something_else_reads_stays_whole(tmp_path: Path) -> None:
+    """A matrix that a product and a Gather read is no weight alone."""
+    graph = product_graph(tmp_path / "g.onnx", np.ones((8, 8)))
+    model = onnx.load(graph)
+    model.graph.node[0].output[0] = "product"
+    model.graph.node.append(helper.make_node("ArgMax", ["x"], ["largest"], axis=1, keepdims=0))
+    model.graph.node.append(helper.make_node("Gather", ["w", "largest"], ["row"]))
+    model.graph.node.append(helper.make_node("Add", ["product", "row"], ["y"]))
+    onnx.save(model, graph)
+    with pytest.raises(RecipeRejected, match="no constant weights"):
+        prune_unstructured(ingredients(graph, tmp_path), PruneUnstructured())
 
 
 def test_global_pruning_spares_the_layers_with_large_weights(trained: Trained, tmp_path: Path) -> None:

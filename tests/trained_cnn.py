@@ -14,10 +14,11 @@ from onnx import load, numpy_helper
 from recipe_fixtures import Array, ingredients, run
 
 from variants.data import Samples
+from variants.export import export_graph
 from variants.model_config import ModelConfig
 from variants.recipes.recipe import Ingredients
 from variants.runtimes.onnx_signature import read_signature
-from variants.source import Source, export_graph
+from variants.source import Source
 
 CONFIG = ModelConfig.model_validate(
     {

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from variants.data import Array, Samples
+from variants.export import input_names
 from variants.layers import archive_layers, graph_layers, module_layers
 from variants.measure import find_failures, measure_profiles, synthetic_inputs
 from variants.measurements import EAGER, LayerTime, Measured, Measurements
 from variants.memory import measure_peak_memory
 from variants.repository import VersionFolder
 from variants.runtimes.runtime import RuntimeUnavailable, Session
-from variants.source import Source, input_names
+from variants.source import Source
 from variants.summary import speeds
 from variants.variant import REFERENCE, Card
 from variants.verify import REFERENCE_RUNTIME, Verifier

@@ -27,6 +27,7 @@ from variants.recipes.chain import Made, run_chain
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
 from variants.repository import ManifestEntry, VersionFolder, file_sha256
 from variants.runtimes import available_runtimes
+from variants.runtimes.onnx_signature import read_signature
 from variants.source import Source, open_source
 from variants.summary import Speed, sentences, sound_cards, speeds, table
 from variants.trial import Trial
@@ -106,7 +107,7 @@ class Factory:
             advance("evaluating", 0.9)
             return self._prove(planned, product), product.files, False
         except RecipeRejected as error:
-            return _rejected(planned, str(error)), {}, False
+            return _rejected(planned, str(error), error.findings), {}, False
         except RepositoryError:
             raise
         except Exception as error:  # whatever goes wrong inside one recipe, the others still deserve their turn
@@ -132,10 +133,13 @@ class Factory:
         )
 
     def _prove(self, planned: Planned, product: Product) -> Card:
-        """The card of something that was made."""
+        """The card of something that was made. Raises RecipeRejected for what clients could not use like the source."""
+        made = product.files[product.artefact]
+        if made.suffix == ".onnx" and not self.source.signature.fits(read_signature(made)):
+            raise RecipeRejected("what was made takes or gives other tensors than the source")
         solo = _says(product, "batch_invariant", False)
         runtimes, gate = self.verifier.verify(planned.name, product.files, product.precision, solo=solo)
-        cost = cost_of(product.files[product.artefact])
+        cost = cost_of(made)
         artefacts = {name: file_sha256(file) for name, file in product.files.items()}
         return Card(
             variant=planned.name,
@@ -257,7 +261,7 @@ def _says(product: Product, fact: str, value: object) -> bool:
     return any(facts.get(fact) is value for facts in steps)
 
 
-def _rejected(planned: Planned, reason: str) -> Card:
+def _rejected(planned: Planned, reason: str, findings: Mapping[str, object] | None = None) -> Card:
     """The card of a variant that was not made."""
     return Card(
         variant=planned.name,
@@ -273,4 +277,5 @@ def _rejected(planned: Planned, reason: str) -> Card:
         flops=0,
         runtimes={},
         gate=Gate(Verdict.REJECTED, reason),
+        findings=findings or {},
     )

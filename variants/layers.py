@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from variants.data import Array
+from variants.export import input_names
 from variants.layer_names import LayerNames, name_nodes
 from variants.measurements import LayerTime
+from variants.quiet import without_library_noise
 from variants.runtimes.onnx_signature import read_signature
 from variants.runtimes.onnxruntime_runtime import OnnxRuntimeSession
-from variants.source import input_names, without_library_noise
 
 if TYPE_CHECKING:
     from torch import nn

@@ -41,7 +41,7 @@ _TOOLS = (
     "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino",
     "safetensors", "torch",
 )  # fmt: skip
-_MAKING = ("data.py", "networks", "recipes", "source.py", "trial.py")
+_MAKING = ("data.py", "export.py", "networks", "recipes", "source.py", "trial.py")
 _JUDGING = (
     *_MAKING,
     "cost.py",
@@ -246,7 +246,7 @@ def _hashes_of(names: Iterable[str]) -> dict[str, str]:
     """The content of our own code that makes or judges variants: a changed recipe makes changed variants."""
     here = Path(__file__).parent
     paths = [here / name for name in names]
-    return _hashes(here, (file for path in paths for file in (path.glob("*.py") if path.is_dir() else [path])))
+    return _hashes(here, (file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])))
 
 
 def _hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:

@@ -1,19 +1,19 @@
-"""The recipes: one file per family, each a function from ingredients to artefacts; see `recipe.py`."""
+"""The recipes, each a function from ingredients to artefacts; see `recipe.py`."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
-from variants.recipes.channels import PruneChannels, prune_channels
-from variants.recipes.distill import Distil, distil
-from variants.recipes.dynamic import QuantizeDynamic, quantize_dynamic, quantize_per_tensor
-from variants.recipes.masks import PruneMasks, prune_masks
-from variants.recipes.mixed import QuantizeMixed, quantize_mixed
+from variants.recipes.distillation.distill import Distil, distil
+from variants.recipes.int8.dynamic import QuantizeDynamic, quantize_dynamic, quantize_per_tensor
+from variants.recipes.int8.mixed import QuantizeMixed, quantize_mixed
+from variants.recipes.int8.qat import QuantizeAware, quantize_aware
+from variants.recipes.int8.static import QuantizeStatic, quantize_static
 from variants.recipes.precision import make_amp, make_fp32
-from variants.recipes.qat import QuantizeAware, quantize_aware
+from variants.recipes.pruning.channels import PruneChannels, prune_channels
+from variants.recipes.pruning.masks import PruneMasks, prune_masks
+from variants.recipes.pruning.unstructured import PruneUnstructured, prune_unstructured
 from variants.recipes.recipe import Recipe
-from variants.recipes.static import QuantizeStatic, quantize_static
-from variants.recipes.unstructured import PruneUnstructured, prune_unstructured
 
 
 def _tries_calibrations(chosen: QuantizeStatic) -> bool:

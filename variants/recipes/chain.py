@@ -51,7 +51,7 @@ def _run(step: Step, position: int, ingredients: Ingredients, *, is_chain: bool)
         return step.recipe.make(replace(ingredients, work=work), step.parameters)
     except RecipeRejected as error:
         if is_chain:
-            raise RecipeRejected(f"{step.name}: {error}") from error
+            raise RecipeRejected(f"{step.name}: {error}", error.findings) from error
         raise
 
 

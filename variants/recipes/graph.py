@@ -6,15 +6,16 @@ dimension included; a changed graph is loaded and run before anyone sees it.
 
 from __future__ import annotations
 
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from variants.measure import synthetic_inputs
+from variants.quiet import without_library_noise
 from variants.recipes.recipe import Ingredients, RecipeRejected
-from variants.runtimes.onnx_signature import read_signature
-from variants.source import without_library_noise
+from variants.runtimes.onnx_signature import nested_graphs, read_signature
 
 
 def folded(graph: Path, work: Path, *, least_opset: int = 0) -> Path:
@@ -24,7 +25,11 @@ def folded(graph: Path, work: Path, *, least_opset: int = 0) -> Path:
     models, so it may be left out. Raises RecipeRejected when the opset cannot be raised.
     """
     raised = work / "raised.onnx"
-    onnx.save(at_least_opset(onnx.load(graph), least_opset), raised)
+    model = at_least_opset(onnx.load(graph), least_opset)
+    for node in model.graph.node:
+        while node.input and not node.input[-1]:
+            node.input.pop()  # an absent last input may be written as an empty name, which quantisers look up
+    onnx.save(model, raised)
     with without_library_noise():
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -47,6 +52,22 @@ def at_least_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
         return onnx.version_converter.convert_version(model, least)
     except Exception as error:
         raise RecipeRejected(f"opset {version} cannot be raised to {least}: {error}") from error
+
+
+def reads(node: onnx.NodeProto) -> set[str]:
+    """The tensors that a node needs, those that its branches or its body read included."""
+    inner = [graph for each in node.attribute if each.HasField("g") for graph in nested_graphs(each.g)]
+    names = {name for graph in inner for each in graph.node for name in each.input}
+    return {*node.input, *names, *(value.name for graph in inner for value in graph.output)}
+
+
+def put_in_order(graph: onnx.GraphProto) -> None:
+    """Let every node follow what it reads."""
+    nodes = list(graph.node)
+    makers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    order = TopologicalSorter({i: {makers[n] for n in reads(node) if n in makers} for i, node in enumerate(nodes)})
+    del graph.node[:]
+    graph.node.extend(nodes[index] for index in order.static_order())
 
 
 def finished(ingredients: Ingredients, model: onnx.ModelProto, name: str) -> Path:
@@ -82,9 +103,7 @@ def _prove_sound(ingredients: Ingredients, graph: Path) -> None:
         session = _open(graph)
     except Exception as error:  # the runtime's own exceptions share no narrower base
         raise RecipeRejected(f"the changed graph is not sound: {_in_a_line(error)}") from error
-    gives = [[(spec.name, spec.datatype) for spec in each.outputs] for each in (source.signature, found)]
-    same_batch = source.signature.batch_axis == found.batch_axis
-    if source.signature.inputs != found.inputs or gives[0] != gives[1] or not same_batch:
+    if not source.signature.fits(found):
         raise RecipeRejected("the changed graph takes or gives other tensors than the source")
     inputs = _one_sample(ingredients)
     try:

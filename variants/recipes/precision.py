@@ -11,10 +11,11 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from variants.export import dynamic_shapes, example_tensors
+from variants.quiet import without_library_noise
 from variants.recipes.recipe import Ingredients, NoParameters, Product, RecipeRejected
 from variants.runtimes.onnxruntime_runtime import can_use_cuda
 from variants.runtimes.torch_runtime import save_archive
-from variants.source import dynamic_shapes, example_tensors, without_library_noise
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 
 class RecipeRejected(Exception):
-    """This recipe makes no sense for this model or this data; the message says why, for a person."""
+    """This recipe makes no sense for this model or this data; the message says why, for a person.
+
+    `findings` are what it tried before it gave up.
+    """
+
+    def __init__(self, message: str, findings: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.findings = findings or {}
 
 
 class NoParameters(Section):

@@ -27,6 +27,11 @@ class Signature:
     outputs: tuple[TensorSpec, ...]
     batch_axis: bool
 
+    def fits(self, other: Signature) -> bool:
+        """Whether a client of one can use the other; how far an output's shape is known may differ."""
+        ours, theirs = ([(spec.name, spec.datatype) for spec in each.outputs] for each in (self, other))
+        return self.inputs == other.inputs and ours == theirs and self.batch_axis == other.batch_axis
+
 
 def read_signature(artefact: Path) -> Signature:
     """The signature of an ONNX file. Raises RuntimeUnavailable, with the reason, if we refuse to run it."""

@@ -1,0 +1,1 @@
+"""Recipes that round to bytes, and what they share."""

@@ -1,0 +1,1 @@
+"""Recipes that take weights or channels away."""

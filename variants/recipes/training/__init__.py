@@ -1,0 +1,1 @@
+"""How recipes train: losses, loop and precision."""
