@@ -13,11 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 from onnx import TensorProto, helper
+from recipe_fixtures import ingredients, run
 
+from variants.data import Samples
 from variants.export import export_graph
+from variants.recipes import RECIPES
+from variants.recipes.chain import Step, run_chain
 from variants.repository import ModelFolder, RepositoryError
 from variants.runtimes.onnx_signature import read_signature
-from variants.source import importable, load_module, open_source
+from variants.source import Source, importable, load_module, open_source
 
 Array = np.ndarray[Any, Any]
 
@@ -72,6 +76,21 @@ def test_declared_axes_vary_beside_the_batch(tmp_path: Path) -> None:
         x = inputs(length)
         want = module(*(torch.from_numpy(array) for array in x.values())).detach().numpy()
         assert np.allclose(session.run(None, x)[0], want, atol=1e-5)
+
+
+def test_a_chain_keeps_declared_axes(tmp_path: Path) -> None:
+    """What is pruned twice still answers at lengths that it was never traced with."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).eval()
+    axes, graph = {"input": {1: "length"}}, tmp_path / "g.onnx"
+    samples = Samples({"input": np.random.default_rng(0).normal(size=(9, 6, 3)).astype(np.float32)})
+    export_graph(module, samples.inputs, graph, batched=True, axes=axes)
+    source = Source(graph, read_signature(graph), 32, module, axes)
+    asked = {"prune-channels": {"recover": "none"}, "prune-unstructured": {}}
+    steps = [Step(name, RECIPES[name], RECIPES[name].parameters.model_validate(given)) for name, given in asked.items()]
+    made = run_chain(steps, ingredients(graph, tmp_path, samples, source=source), {}).files["model.onnx"]
+    assert source.signature.fits(read_signature(made))
+    assert run(made, input=np.ones((2, 11, 3), np.float32)).shape == (2, 11, 4)
 
 
 def test_axes_of_an_unknown_input_are_named(tmp_path: Path) -> None:

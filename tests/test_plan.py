@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import variants.plan
@@ -74,3 +75,19 @@ def test_what_only_serving_reads_rebuilds_nothing(tmp_path: Path) -> None:
     plain = fingerprint(tmp_path / "m")
     assert fingerprint(tmp_path / "m", "batching: {max_queue_delay_ms: 7}\nslo: {latency_ms: 9}") == plain
     assert fingerprint(tmp_path / "m", "batching: {max_batch_size: 7}") != plain
+
+
+def test_other_shapes_to_trace_with_make_another_graph(tmp_path: Path) -> None:
+    """Evaluation data only judge, but their shapes and types are in the graph that a module is traced into."""
+    model, yaml = tmp_path / "m", "evaluation: {data: evaluation.npz}"
+
+    def made(array: np.ndarray) -> str:
+        (model / "1").mkdir(parents=True, exist_ok=True)
+        np.savez(model / "1/evaluation.npz", x=array)
+        fingerprint(model, yaml)
+        return plan(ModelFolder(model).newest(), CPU, quick=False)[0].made
+
+    before = made(np.zeros((4, 6), np.float32))
+    assert made(np.ones((9, 6), np.float32)) == before
+    assert made(np.zeros((4, 7), np.float32)) != before
+    assert made(np.zeros((4, 6), np.int64)) != before
