@@ -78,3 +78,38 @@ def test_attention_with_more_than_plain_layers_hold_stays() -> None:
     )
     with_plain_attention(module)
     assert all(isinstance(part, nn.MultiheadAttention) for part in module)
+
+
+def test_a_shared_attention_stays_shared() -> None:
+    """One attention in three places, two of them in one module, becomes one that stands in all three."""
+    own = nn.MultiheadAttention(WIDTH, HEADS)
+    module = nn.ModuleDict({"one": own, "two": own, "inner": nn.ModuleDict({"three": own})})
+    before = sum(parameter.numel() for parameter in module.parameters())
+    with_plain_attention(module)
+    assert isinstance(module["one"], Attention)
+    assert module["one"] is module["two"] is module.get_submodule("inner.three")
+    assert sum(parameter.numel() for parameter in module.parameters()) == before
+
+
+def test_frozen_projections_stay_frozen() -> None:
+    """What did not learn in torch's attention does not in the one that stands in for it."""
+    original = nn.MultiheadAttention(WIDTH, HEADS)
+    original.out_proj.requires_grad_(False)
+    learning = {name: value.requires_grad for name, value in Attention(original).named_parameters()}
+    assert learning == {
+        f"{n}.{kind}": n != "out" for n in ("query", "key", "value", "out") for kind in ("weight", "bias")
+    }
+    assert not any(value.requires_grad for value in Attention(original.requires_grad_(False)).parameters())
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dropout_falls_on_the_weights_in_training_only(need_weights: bool) -> None:
+    """With all of them dropped the answer is the output's bias; in eval mode none is."""
+    original = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5)
+    plain, x = Attention(original), torch.randn(KEYS, BATCH, WIDTH)
+    plain.dropout = 1.0
+    nn.init.normal_(plain.out.bias)
+    torch.testing.assert_close(plain(x, x, x, need_weights=need_weights)[0], plain.out.bias.expand_as(x))
+    torch.testing.assert_close(
+        plain.eval()(x, x, x, need_weights=need_weights)[0], original.eval()(x, x, x)[0] + plain.out.bias
+    )

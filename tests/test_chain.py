@@ -41,7 +41,9 @@ class Scaling:
         scaled = (weight * parameters.by).astype(np.float32)
         model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(scaled, "w"))
         onnx.save(model, given.work / "scaled.onnx")
-        return Product({"model.onnx": given.work / "scaled.onnx"}, facts={"by": parameters.by}, findings={"seen": 1})
+        return Product(
+            {"model.onnx": given.work / "scaled.onnx"}, facts={"by": parameters.by}, findings={"seen": parameters.by}
+        )
 
 
 def refuse(_: Ingredients, __: NoParameters) -> Product:
@@ -69,6 +71,14 @@ def test_each_step_starts_from_what_the_one_before_made(given: Ingredients) -> N
     made = run_chain([step("double", scaling, 2), step("triple", scaling, 3)], given, {})
     assert run(made.files["model.onnx"], x=ONES).tolist() == [[6.0, 6.0]]
     assert made.facts == {"double": {"by": 2.0}, "triple": {"by": 3.0}}
+
+
+def test_a_recipe_used_twice_is_heard_of_twice(given: Ingredients) -> None:
+    """The second time its facts stand under the name with a number, and findings of one name too; none is lost."""
+    scaling = Scaling()
+    made = run_chain([step("scale", scaling, 2), step("scale", scaling, 3), step("scale", scaling, 5)], given, {})
+    assert made.facts == {"scale": {"by": 2.0}, "scale 2": {"by": 3.0}, "scale 3": {"by": 5.0}}
+    assert made.findings == {"seen": 2.0, "seen 2": 3.0, "seen 3": 5.0}
 
 
 def test_one_step_is_no_chain(given: Ingredients) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from channel_networks import Block, Transformer, encoder_layer
@@ -14,8 +17,8 @@ from torch.nn.utils import parametrizations
 from variants.recipes.pruning.channels import narrower
 from variants.recipes.pruning.importance import norms
 from variants.recipes.pruning.pruning import Pruning
-from variants.recipes.pruning.removal import UnsoundRemoval, remove
-from variants.recipes.pruning.units import Structure, Values, find_groups, find_structure
+from variants.recipes.pruning.removal import UnsoundRemoval, difference, remove
+from variants.recipes.pruning.units import Structure, Values, find_groups, find_structure, rank
 from variants.recipes.recipe import RecipeRejected
 
 ROWS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -180,3 +183,137 @@ def test_rounds_lead_to_the_same_widths() -> None:
             pruning.to(sparsity)
         widths.append([list(value.shape) for value in pruning.module.parameters()])
     assert widths[0] == widths[1]
+
+
+class Heads(nn.Module):
+    """Attention that knows its heads, their width and other numbers by attributes; layers are made in any order."""
+
+    def __init__(self, order: str = "qkvo", heads: int = 4, head_width: int = 8, **more: int) -> None:
+        super().__init__()
+        self.heads, self.head_width, self.all_heads, self.far = heads, head_width, heads * head_width, 99
+        vars(self).update(more)
+        self.embed, self.norm, self.head = nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 3)
+        for name in order:
+            setattr(self, name, nn.Linear(*((self.all_heads, 32) if name == "o" else (32, self.all_heads))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embed(x))
+        q, k, v = (
+            self.get_submodule(name)(x).view(*x.shape[:2], self.heads, self.head_width).transpose(1, 2)
+            for name in "qkv"
+        )
+        steps = torch.arange(x.shape[1])
+        near = (steps[:, None] - steps).abs() < self.far
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, near).transpose(1, 2)
+        mixed = mixed.reshape(*x.shape[:2], self.all_heads)
+        answer: Tensor = self.head(x + self.get_submodule("o")(mixed))
+        return answer
+
+
+def without_half_its_heads(module: nn.Module, length: int) -> nn.Module:
+    """The module pruned, which is proven at one length and then here at another."""
+    torch.manual_seed(0)
+    pruning = Pruning(module.eval(), [torch.randn(4, length, 8)], by_l1, 1)
+    structure, zeroed = find_structure(pruning.module, [torch.randn(4, length, 8)]), copy.deepcopy(pruning.module)
+    values = [norms(structure, 1)]
+    (group,) = (each for each in find_groups(structure, values) if "q" in each.layers)
+    going = np.argsort(rank(values, group.units))[: len(group.units) // 2]
+    gone = np.isin(np.arange(len(structure.gone)), np.concatenate([group.units[position] for position in going]))
+    for name in structure.layers:
+        replace(structure.layers[name], module=zeroed.get_submodule(name)).zero(gone[structure.share(name)])
+    pruning.to(0.5)
+    x = torch.randn(3, 9, 8)
+    torch.testing.assert_close(pruning.module(x), zeroed(x), atol=1e-5, rtol=1e-5)
+    return pruning.module
+
+
+@pytest.mark.parametrize("length", [2, 6])
+def test_a_number_that_happens_to_be_equal_stays(length: int) -> None:
+    """Four heads and a window of four: the heads become two, the window stays, though short samples do not show it."""
+    left = vars(without_half_its_heads(Heads(far=4), length))
+    assert (left["heads"], left["head_width"], left["all_heads"], left["far"]) == (2, 8, 16, 4)
+
+
+@pytest.mark.parametrize("order", ["qkvo", "oqkv"])
+def test_widths_that_stay_hide_none_that_change(order: str) -> None:
+    """Every projection is 32 wide, and one side of each stays so, whichever is made first."""
+    left = vars(without_half_its_heads(Heads(order), 5))
+    assert (left["heads"], left["head_width"], left["all_heads"]) == (2, 8, 16)
+
+
+def test_as_many_heads_as_they_are_wide_are_told_apart() -> None:
+    """Heads and their width are the same number, and only one of the two leaves the answers."""
+    left = vars(without_half_its_heads(Heads(heads=8, head_width=8), 5))
+    assert (left["heads"], left["head_width"], left["all_heads"]) == (4, 8, 32)
+
+
+def test_where_several_numbers_might_change_nothing_does() -> None:
+    """One step alone is attended to whole by heads of any width: the samples cannot say which number is meant."""
+    module = Heads(heads=8, head_width=8).eval()
+    pruning = Pruning(module, [torch.randn(4, 1, 8)], by_l1, 1)
+    pruning.to(0.5)
+    left, reasons = vars(pruning.module), pruning.findings()["kept_channels"]
+    assert (left["heads"], left["head_width"], left["all_heads"]) == (8, 8, 64)
+    assert isinstance(reasons, dict)
+    assert "ambiguous which number of the code has to change: heads = 4, all_heads = 32 or head_width" in reasons["q"]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_small_answers_are_compared_as_closely_as_large_ones(scale: float) -> None:
+    """A division by the number of channels is seen in answers of any size."""
+
+    class Scaled(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * scale
+
+    with pytest.raises(RecipeRejected, match="the answers depend on how many channels there are"):
+        narrower(Scaled(lambda x: x / x.shape[-1] ** 0.5).eval(), {"x": ROWS}, 0.5)
+    assert narrower(Scaled(torch.relu).eval(), {"x": ROWS}, 0.5).get_parameter("hidden.weight").shape == (8, 8)
+
+
+def test_answers_that_are_numbers_of_classes_must_stay_exactly() -> None:
+    """A share of the largest class number is no distance between two classes."""
+    module = nn.Identity()
+    assert difference(module, [torch.tensor([29999, 3])], [torch.tensor([29999, 4])]) is not None
+    assert difference(module, [torch.tensor([29999, 3])], [torch.tensor([29999, 3])]) is None
+
+
+def test_frozen_layers_stay_frozen() -> None:
+    """What a pruned layer does not learn it does not learn afterwards."""
+    module = Hidden(torch.relu).eval()
+    module.hidden.requires_grad_(False)
+    pruned = narrower(module, {"x": ROWS}, 0.5)
+    assert {n: v.requires_grad for n, v in pruned.named_parameters()} == {
+        n: v.requires_grad for n, v in module.named_parameters()
+    }
+
+
+def test_a_group_that_stays_whole_says_why() -> None:
+    """Widths too small for the rounding, and channels that all depend on one another, are reasons like any other."""
+    for module, why in (
+        (Hidden(torch.relu), "16 units .*round to 16"),
+        (Hidden(lambda x: x.softmax(-1)), "all depend"),
+    ):
+        pruning = Pruning(module.eval(), [ROWS], by_l1, 16)
+        pruning.to(0.5)
+        reasons = pruning.findings()["kept_channels"]
+        assert isinstance(reasons, dict)
+        assert re.search(why, reasons["hidden"])
+
+
+def test_rounding_counts_channels_not_heads() -> None:
+    """Half of four heads are two: `round_to` speaks of widths, and a head is eight channels wide."""
+    pruning = Pruning(Heads().eval(), [torch.randn(4, 5, 8)], by_l1, 4)
+    pruning.to(0.5)
+    assert vars(pruning.module)["heads"] == 2
+
+
+def test_what_nothing_takes_is_said_as_seen() -> None:
+    """Channels may go where values do not show it, as the place of the largest: no more is claimed."""
+
+    class Largest(Hidden):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(-1)
+
+    structure = find_structure(Largest(torch.relu).eval(), [ROWS])
+    assert structure.reasons == {"head": "no layer was seen to take its channels"}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from channel_networks import CASES, Transformer, encoder_layer
-from torch import nn
+from torch import Tensor, nn
 
 from variants.recipes.pruning.channels import narrower
 from variants.recipes.pruning.importance import norms
@@ -114,3 +115,77 @@ def test_torchs_own_attention_loses_whole_heads() -> None:
     assert widths == [[16, 32, 32]] * 2
     with torch.no_grad():
         torch.testing.assert_close(pruned(IMAGES), module(IMAGES), atol=1e-5, rtol=1e-5)
+
+
+class Between(nn.Module):
+    """Two convolutions with something between them, which takes the eight channels of the first."""
+
+    def __init__(self, between: nn.Module, *, spatial: int = 2) -> None:
+        super().__init__()
+        kind = {2: nn.Conv2d, 3: nn.Conv3d}[spatial]
+        self.first, self.between, self.last = kind(1, 8, 3), between, kind(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.last(self.between(self.first(x)))
+        return answer
+
+
+def test_one_slope_for_all_channels_ties_none() -> None:
+    """A PReLU with a single value is an activation like any other."""
+    pruned = narrower(Between(nn.PReLU()).eval(), {"x": IMAGES}, 0.5)
+    assert (width(pruned.get_submodule("first")), width(pruned.get_submodule("between"))) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("between", "spatial"),
+    [
+        (nn.InstanceNorm3d(8, affine=True), 3),
+        (nn.InstanceNorm3d(8, affine=True, track_running_stats=True), 3),
+        (nn.InstanceNorm2d(8), 2),
+        (nn.BatchNorm2d(8, affine=False, track_running_stats=False), 2),
+    ],
+)
+def test_normalisation_follows_its_channels(between: nn.Module, spatial: int) -> None:
+    """In three dimensions, and where it has no weights, it knows how many channels are left: torch does not warn."""
+    pruned = narrower(Between(between, spatial=spatial).eval(), {"x": torch.randn(4, 1, *[6] * spatial)}, 0.5)
+    assert (width(pruned.get_submodule("first")), width(pruned.get_submodule("between"))) == (4, 4)
+    assert pruned(torch.randn(1, 1, *[7] * spatial)).shape[1] == 2
+
+
+class Answer(NamedTuple):
+    """What a layer with weights may answer."""
+
+    values: Tensor
+    weights: Tensor
+
+
+class Named(nn.Module):
+    """A layer of a kind that is not known, whose answers have names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(x * self.scale, self.scale)
+
+
+def test_answers_by_name_keep_their_names() -> None:
+    """What reads them by name still can while channels are followed."""
+
+    class Reading(Between):
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.last(self.between(x.expand(-1, 8, -1, -1).movedim(1, -1)).values.movedim(-1, 1))
+            return answer
+
+    structure = find_structure(Reading(Named()).eval(), [IMAGES])
+    assert structure.reasons["last"] == "its channels reach an output"
+
+
+def test_one_unit_takes_no_more_pairs_than_slots() -> None:
+    """Channels that all depend on one another are joined once, not each with each."""
+    module = nn.Sequential(nn.Linear(8, 64), nn.Softmax(-1), nn.Linear(64, 2)).eval()
+    structure = find_structure(module, [torch.randn(2, 8)])
+    assert len(structure.pairs) <= 2 * 64
+    (group,) = find_groups(structure, [norms(structure, 1)])
+    assert [len(unit) for unit in group.units] == [64 + 64]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from variants.cost import cost_of
 from variants.data import DataSets, Samples
 from variants.export import export_graph
 from variants.model_config import ModelConfig
-from variants.recipes.pruning.channels import PruneChannels, narrower, prune_channels
+from variants.recipes.pruning.channels import narrower, prune_channels
+from variants.recipes.pruning.parameters import PruneChannels
 from variants.recipes.pruning.pruning import kept
 from variants.recipes.recipe import Ingredients, RecipeRejected
 from variants.runtimes.onnx_signature import Signature, read_signature
 from variants.source import Source
-from variants.trial import Trial
+from variants.trial import Trial, Tried
+from variants.variant import Interval
 
 
 def trained(built_digits: Built, work: Path, *, gate: dict[str, float] | None = None, **more: Any) -> Ingredients:
@@ -114,7 +117,7 @@ def test_auto_takes_the_sparsest_network_that_passes(built_digits: Built, tmp_pa
     assert isinstance(tried, list)
     assert 2 <= len(tried) <= 4
     passing = [row for row in tried if row["passes"]]
-    last = passing[-1]
+    last = next(row for row in reversed(passing) if row["epochs"] == product.facts["epochs"])
     assert last["sparsity"] == max(row["sparsity"] for row in passing)
     assert [row["weights"] for row in passing] == sorted((row["weights"] for row in passing), reverse=True)
     cost = cost_of(product.files["model.onnx"])
@@ -170,7 +173,7 @@ def test_pruned_heads_and_units_are_exported(
 
 def test_pruning_channels_needs_a_module(built_digits: Built, tmp_path: Path) -> None:
     """An ONNX source cannot lose channels, and the reason names what can be done instead."""
-    with pytest.raises(RecipeRejected, match=r"needs a torch source.*pruned-unstructured"):
+    with pytest.raises(RecipeRejected, match=r"needs a torch source.*prune-unstructured"):
         prune_channels(ingredients(built(built_digits, "fp32"), tmp_path), PruneChannels())
 
 
@@ -200,3 +203,69 @@ def test_a_module_that_cannot_lose_channels_is_rejected(tmp_path: Path) -> None:
     source = Source(graph, read_signature(graph), 32, HardCoded().eval())
     with pytest.raises(RecipeRejected, match="no channel can be removed soundly"):
         prune_channels(ingredients(graph, tmp_path, inputs, source=source), PruneChannels(recover="none"))
+
+
+class Narrow(torch.nn.Module):
+    """[batch, 8] -> some hidden channels -> [batch, 3]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden, self.head = torch.nn.Linear(8, width), torch.nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.head(self.hidden(x).relu())
+        return answer
+
+
+class Judge:
+    """A trial whose verdicts are said before: what each candidate loses."""
+
+    def __init__(self, *drops: float) -> None:
+        self.drops = iter(drops)
+
+    def judge(self, graph: Path) -> Tried:
+        assert graph.is_file()
+        drop = next(self.drops)
+        return Tried(Interval(drop, drop, drop), Interval(1 - drop, 1 - drop, 1 - drop), drop, drop < 0.01)
+
+
+def narrow(work: Path, width: int, **more: Any) -> Ingredients:
+    """What the recipe gets for a small module, with training data of three classes; it does not look at the graph."""
+    generator = np.random.default_rng(0)
+    inputs = {"x": generator.normal(size=(64, 8)).astype(np.float32)}
+    said = {"task": "classification", "training": {"data": "t.npz", "target": "y", "epochs": 2, "learning_rate": 0.003}}
+    source = Source(work / "none.onnx", Signature((), (), batch_axis=True), 32, Narrow(width).eval())
+    training = Samples(inputs, generator.integers(0, 3, 64))
+    given = Ingredients(source, training, ModelConfig.model_validate(said), training, training, CPU, work)
+    return replace(given, **more)
+
+
+def test_auto_tries_only_what_loses_more(tmp_path: Path) -> None:
+    """Eight channels in fours can only be halved, whatever is asked for: one candidate, recorded as it is."""
+    given = narrow(tmp_path, 8, trial=Judge(0.002, 0.001))
+    tried: Any = prune_channels(given, PruneChannels(sparsity="auto")).findings["sparsity"]
+    assert [(row["sparsity"], row["weights"]) for row in tried] == [(0.5, 51), (0.5, 51)]
+
+
+@pytest.mark.parametrize(("last", "epochs"), [(0.001, 3), (0.009, 1)])
+def test_auto_keeps_the_better_of_the_last_two(tmp_path: Path, last: float, epochs: int) -> None:
+    """All epochs on top are for nothing where more is lost after them, though it would pass."""
+    product = prune_channels(narrow(tmp_path, 8, trial=Judge(0.002, last)), PruneChannels(sparsity="auto"))
+    assert product.facts["epochs"] == epochs
+
+
+@pytest.mark.parametrize("sparsity", ["auto", 0.5])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_nothing_is_trained_where_nothing_goes(tmp_path: Path, sparsity: Any, steps: int) -> None:
+    """Four channels in fours stay, and the reason is there at once."""
+    seen: list[float] = []
+    given = narrow(tmp_path, 4, trial=Judge(), progress=seen.append)
+    with pytest.raises(RecipeRejected, match=r"no channel can be removed soundly .*hidden: 4 units .*round to 4"):
+        prune_channels(given, PruneChannels(sparsity=sparsity, steps=steps))
+    assert seen == []
+
+
+def test_a_step_that_takes_nothing_leaves_its_epochs_to_later_ones(tmp_path: Path) -> None:
+    """A fifth of eight channels is nothing in fours; half of them is, and all epochs are there to recover from it."""
+    product = prune_channels(narrow(tmp_path, 8), PruneChannels(sparsity=0.5, steps=3))
+    assert (product.facts["sparsity_reached"], product.facts["epochs"]) == (0.5, 2)

@@ -19,7 +19,8 @@ from training_fixtures import config, lesson, points
 
 from variants.data import Samples
 from variants.recipes.distillation.distill import Distil, Lesson, distil
-from variants.recipes.distillation.hints import listening, pair_layers
+from variants.recipes.distillation.hints import pair_layers
+from variants.recipes.distillation.students import Initial, student_of
 from variants.recipes.recipe import Product, RecipeRejected
 from variants.recipes.training.fit import Batch, Batches
 from variants.recipes.training.mixed_precision import MixedPrecision
@@ -182,20 +183,64 @@ def test_alpha_shares_between_task_and_response(alpha: float, target: Tensor | N
 
 @pytest.mark.parametrize("reduced", [torch.float16, torch.bfloat16])
 def test_every_loss_works_in_mixed_precision(trained: Trained, tmp_path: Path, reduced: torch.dtype) -> None:
-    """Layers answer in 16 bits under autocast; each loss is still a finite 32-bit number that can be learnt from."""
-    weights: Any = {"hints": 1.0, "relation_distance": 1.0, "relation_angle": 1.0}
+    """Layers answer in 16 bits under autocast; each loss is close to what it is in 32, and the student learns from it.
+
+    Nothing flows back into the teacher.
+    """
     teacher, student = trained.module, copy.deepcopy(trained.module)
+    for parameter in student.parameters():
+        parameter.data += 0.1 * parameter.std() * torch.randn_like(parameter)
     pairs = pair_layers(teacher, student, trained.training.inputs, {})
-    lesson, precision = (
-        Lesson(teacher, student, pairs, Distil(**weights)),
-        MixedPrecision("cpu", reduced, first_scale=256.0),
-    )
+    lesson = Lesson(teacher, student, pairs, Distil(hints=1.0, relation_distance=1.0, relation_angle=1.0))
+    precision = MixedPrecision("cpu", reduced, first_scale=256.0)
     batch = next(Batches(teacher, trained.given(tmp_path)).shuffled(np.random.default_rng(0)))
-    with lesson.listening("cpu"), precision.autocast():
-        parts = lesson.parts(batch, classes=True)
+    with lesson.listening("cpu"):
+        exact = {name: part.item() for name, part in lesson.parts(batch, classes=True).items()}
+        with precision.autocast():
+            parts = lesson.parts(batch, classes=True)
     assert len(parts) == 5
-    assert all(part.dtype == torch.float32 and bool(part.isfinite()) for part in parts.values())
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx(exact, rel=0.05)
+    before = [parameter.detach().clone() for parameter in lesson.learner.parameters()]
     assert precision.step(sum(parts.values(), torch.zeros(())), torch.optim.Adam(lesson.learner.parameters()))
+    after = list(lesson.learner.parameters())
+    assert not any(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("initial", ["kept", "fresh"])
+def test_frozen_sources_have_students_that_learn(tmp_path: Path, initial: Initial) -> None:
+    """A teacher that is frozen, as a factory may leave it, does not freeze its student."""
+    teacher = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval().requires_grad_(False)
+    given = lesson(teacher, points(), tmp_path)
+    tensors = {"input": torch.from_numpy(points().inputs["input"][:4])}
+    before = student_of("narrower", teacher, tensors, width=0.5, depth=0.5, initial=initial).state_dict()
+    product = distil(given, Distil(initial=initial))
+    assert product.module is not None
+    assert not any(torch.equal(value, before[name]) for name, value in product.module.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_classifier_of_one_output_is_learnt_as_a_value(tmp_path: Path) -> None:
+    """As a class by itself its probability would always be 1, and there would be nothing to learn."""
+    teacher = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1), nn.Sigmoid()).eval()
+    product = distil(lesson(teacher, Samples(points().inputs), tmp_path), Distil(initial="fresh"))
+    history: Any = product.findings["training"]
+    assert history[0]["response"] > 0
+
+
+def test_students_with_auxiliary_heads_are_refused(tmp_path: Path) -> None:
+    """What a student answers in training alone has nothing to be compared with."""
+
+    class Auxiliary(nn.Linear):
+        def forward(self, input: Tensor) -> Any:  # noqa: A002 - the data's name
+            answer = super().forward(input)
+            return (answer, answer) if self.training else answer
+
+    student = Auxiliary(4, 2).train()
+    with pytest.raises(RecipeRejected, match="in training it gives 2 outputs and in use 1"):
+        Lesson(linear := nn.Linear(4, 2), student, [], Distil()).parts(
+            Batch([torch.ones(3, 4)], None, [linear(torch.ones(3, 4))]), classes=True
+        )
 
 
 def test_values_are_learnt_by_their_distance() -> None:
@@ -207,77 +252,6 @@ def test_values_are_learnt_by_their_distance() -> None:
     )
     torch.testing.assert_close(parts["task"], 0.75 * ((answer - target) ** 2).mean())
     torch.testing.assert_close(parts["response"], 0.25 * (answer**2).mean())
-
-
-class Tokens(nn.Module):
-    """Steps [batch, steps, 4] through layers of every kind to [batch, 2]; the recurrent one takes steps first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.widen, self.bend, self.recurrent = nn.Linear(4, 6), nn.GELU(), nn.LSTM(6, 8)
-        self.convolution, self.head = nn.Conv1d(8, 5, 3, padding=1), nn.Linear(5, 2)
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
-        steps = self.recurrent(self.bend(self.widen(input)).transpose(0, 1))[0].permute(1, 2, 0)
-        answer: Tensor = self.head(self.convolution(steps).relu().mean(dim=2))
-        return answer
-
-
-STEPS = {"input": np.zeros((3, 7, 4), np.float32)}
-
-
-@pytest.mark.parametrize(
-    ("path", "shape"),
-    [
-        ("widen", (3, 6, 7)),
-        ("bend", (3, 6, 7)),
-        ("recurrent", (3, 8, 7)),
-        ("convolution", (3, 5, 7)),
-        ("head", (3, 2)),
-    ],
-)
-def test_every_layers_answer_becomes_samples_by_channels(path: str, shape: tuple[int, ...]) -> None:
-    """Whether channels are last or second, and steps or samples first."""
-    module = Tokens().eval()
-    (pair,) = pair_layers(module, module, STEPS, {path: path})
-    with listening(module, [path]) as heard:
-        module(torch.from_numpy(STEPS["input"]))
-    assert pair.student.as_map(heard[path]).shape == shape
-    assert pair.student.channels == shape[1]
-
-
-def test_without_names_the_last_maps_before_the_heads_are_compared(trained: Trained) -> None:
-    """A network with positions gives its last feature map, one without gives its last hidden layer."""
-    tokens = Tokens().eval()
-    (pair,) = pair_layers(tokens, tokens, STEPS, {})
-    assert pair.teacher.path == "convolution"
-    (pair,) = pair_layers(trained.module, trained.module, trained.training.inputs, {})
-    assert isinstance(trained.module.get_submodule(pair.teacher.path), nn.Conv2d)
-    assert pair.teacher.channels == 32
-    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 2))
-    (pair,) = pair_layers(plain, plain, points().inputs, {})
-    assert pair.student.path == "2"
-
-
-@pytest.mark.parametrize(
-    ("named", "why"),
-    [
-        ({"convolutoin": "widen"}, "the teacher has no layer 'convolutoin'.*did you mean 'convolution'"),
-        ({"convolution": "wide"}, "the student has no layer 'wide'.*did you mean 'widen'"),
-        ({"convolution": "head"}, "'convolution' of the teacher answers in 3 dimensions and 'head' .* in 2"),
-    ],
-)
-def test_layers_that_cannot_be_compared_are_refused(named: dict[str, str], why: str) -> None:
-    """A mistyped name gets the nearest one; maps and vectors are not compared."""
-    with pytest.raises(RecipeRejected, match=why):
-        pair_layers(Tokens().eval(), Tokens().eval(), STEPS, named)
-
-
-def test_a_network_of_one_layer_has_no_hints(tmp_path: Path) -> None:
-    """There is nothing before its head; the reason says so."""
-    single = nn.Linear(4, 2).eval()
-    with pytest.raises(RecipeRejected, match="no layer before its head"):
-        pair_layers(single, single, points().inputs, {})
 
 
 @pytest.mark.parametrize("more", [{"max_batch": 0}, {"samples": 2}])

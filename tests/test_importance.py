@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from variants.data import Samples
 from variants.model_config import ModelConfig
-from variants.recipes.pruning.channels import Importance
 from variants.recipes.pruning.importance import values_of
+from variants.recipes.pruning.parameters import Importance
 from variants.recipes.pruning.units import find_groups, find_structure, rank
 from variants.recipes.recipe import Ingredients, RecipeRejected
 from variants.runtimes.onnx_signature import Signature
@@ -162,3 +162,34 @@ def test_scores_are_torch_prunings(importance: Importance) -> None:
         remove = graph.get_pruner_of_module(layer).prune_out_channels
         wanted = theirs(graph.get_pruning_group(layer, remove, list(range(len(groups[name].units)))))
         assert rank(values, groups[name].units) == pytest.approx(wanted.tolist())
+
+
+def test_every_sample_counts_alike() -> None:
+    """A last chunk of one sample weighs as one: channels active on 64 of 65 samples, and hard on the last."""
+    module = Tiny()
+    inputs = np.zeros((65, 2), np.float32)
+    inputs[:64, 0], inputs[64, 1] = 1, 20
+    found = scores("activation", module, replace(given(module), calibration=Samples({"x": inputs})))
+    assert found == pytest.approx([64 * 3 / 65, (64 * 2 + 40) / 65, (64 + 30) / 65])
+
+
+def test_taylor_measures_frozen_weights_too() -> None:
+    """They rank as those that learn, and are frozen afterwards."""
+    module = Tiny()
+    wanted = scores("taylor", module, given(module))
+    module.requires_grad_(False)
+    assert scores("taylor", module, given(module)) == pytest.approx(wanted)
+    assert not any(value.requires_grad or value.grad is not None for value in module.parameters())
+
+
+def test_taylor_needs_answers_with_gradients() -> None:
+    """A forward without gradients, and answers that are class numbers, are told what to take instead."""
+
+    class Silent(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    module = Silent()
+    with pytest.raises(RecipeRejected, match=r"needs answers with gradients.* take `l1`"):
+        scores("taylor", module, given(module))

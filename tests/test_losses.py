@@ -50,6 +50,25 @@ def test_probabilities_are_taken_for_what_they_are() -> None:
     torch.testing.assert_close(log_probabilities(logits.softmax(1), 3.0), log_probabilities(logits, 3.0))
 
 
+@pytest.mark.parametrize("margin", [30.0, 60.0])
+def test_certain_probabilities_are_not_distorted(margin: float) -> None:
+    """A softmax as sure as a margin of 30 is softened, and learnt from, like its logits."""
+    logits = torch.tensor([[margin, 0.0, -5.0]], requires_grad=True)
+    torch.testing.assert_close(log_probabilities(logits.softmax(1), 4.0), log_probabilities(logits, 4.0))
+    by_softmax, by_logits = (
+        torch.autograd.grad(task_loss(answer, torch.tensor([1])), logits)[0] for answer in (logits.softmax(1), logits)
+    )
+    torch.testing.assert_close(by_softmax, by_logits)
+
+
+def test_probabilities_of_zero_give_finite_gradients() -> None:
+    """Beyond what 32 bits can say a probability is 0, of which no logarithm may become infinite."""
+    logits = torch.tensor([[200.0, 0.0, -5.0]], requires_grad=True)
+    task_loss(logits.softmax(1), torch.tensor([1])).backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())
+
+
 def test_the_task_is_cross_entropy_or_squared_distance() -> None:
     """Class numbers are learnt by their negative log probability, values by their squared distance."""
     logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
@@ -94,12 +113,12 @@ def test_hints_of_fully_connected_layers_have_no_positions() -> None:
 
 
 def test_the_projection_learns_too() -> None:
-    """Gradients reach the student's layer and the projection, never the teacher's hint."""
-    projection, feature = nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True)
-    hint_loss(feature, torch.randn(4, 2), projection).backward()  # type: ignore[no-untyped-call]
+    """Gradients reach the student's layer and the projection: of (2x - 1)² at x = 1 they are 4 and 2."""
+    projection, feature = weighing([[2.0]]), torch.ones(1, 1, requires_grad=True)
+    hint_loss(feature, torch.ones(1, 1), projection).backward()  # type: ignore[no-untyped-call]
     assert feature.grad is not None
-    assert feature.grad.abs().sum() > 0
     assert projection.weight.grad is not None
+    assert [feature.grad.item(), projection.weight.grad.item()] == [4.0, 2.0]
 
 
 def test_distances_are_compared_relative_to_their_mean() -> None:
@@ -118,6 +137,68 @@ def test_angles_are_compared_by_their_cosines() -> None:
     """Cosines 0, 3/5 and 4/5 against three times 1/2: half the squares of 0.5, 0.1 and 0.3, over three corners."""
     expected = (0.25 + 0.01 + 0.09) / 2 / 3
     assert angle_loss(EQUILATERAL, RIGHT_ANGLED).item() == pytest.approx(expected, rel=1e-4)
+
+
+def angles_by_differences(feature: Tensor, hint: Tensor) -> Tensor:
+    """RKD-A as the paper has it: the directions of all pairs, and the products of those that share a corner."""
+    cosines = []
+    for each in (feature, hint):
+        directions = nn.functional.normalize(each.unsqueeze(0) - each.unsqueeze(1), dim=2)
+        cosines.append(directions @ directions.transpose(1, 2))
+    triples = [(i, j, k) for i in range(len(hint)) for j in range(len(hint)) for k in range(len(hint))]
+    real = [slice(None), *zip(*[each for each in triples if len(set(each)) == 3], strict=True)]
+    ours, theirs = (each[tuple(torch.tensor(axis) for axis in real[1:])] for each in cosines)
+    return nn.functional.smooth_l1_loss(ours, theirs)
+
+
+def test_angles_need_no_memory_for_differences() -> None:
+    """Values and gradients are the formula's, far from the origin too; nothing kept has [samples, samples, width]."""
+    generator = torch.Generator().manual_seed(0)
+    samples, width = 8, 500
+    hint = torch.randn(samples, 3, generator=generator)
+    feature = (torch.randn(samples, width, generator=generator) + 10).requires_grad_()
+    kept: list[int] = []
+
+    def note(value: Tensor) -> Tensor:
+        kept.append(value.numel())
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        found = angle_loss(feature, hint)
+    expected = angles_by_differences(feature, hint)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, feature)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-8)
+    assert max(kept) <= samples * width
+
+
+def test_samples_that_coincide_on_one_side_count_by_real_triples_alone() -> None:
+    """Two corners in one sample make no angle: of six corners the two from the twins have cosine 0, the far one's 1."""
+    feature = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    expected = (4 * 0.5 * 0.5**2 + 2 * 0.5 * 0.5**2) / 6  # against 1/2 at every corner of the equilateral one
+    assert angle_loss(feature, EQUILATERAL).item() == pytest.approx(expected, rel=1e-5)
+
+
+LOSSES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    distance_loss,
+    angle_loss,
+    lambda ours, theirs: hint_loss(ours, theirs, weighing([[1.0, 0.3, 0.01, 0.7], [0.1, 1.0, 0.2, 0.9]])),
+    lambda ours, _: task_loss(ours, torch.tensor([0, 1, 2, 3, 0])),
+    lambda ours, _: response_loss(ours, ours.flip(0), 4.0),
+    lambda ours, _: answer_loss([ours], [ours.flip(0)]),
+]
+
+
+@pytest.mark.parametrize("reduced", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", LOSSES, ids=["distance", "angle", "hint", "task", "response", "answer"])
+def test_losses_do_not_lose_bits_under_autocast(loss: Callable[[Tensor, Tensor], Tensor], reduced: torch.dtype) -> None:
+    """Whatever the layers compute in, a loss is what it is in 32 bits, to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(5, 4, generator=generator), torch.randn(5, 2, generator=generator)
+    with torch.autocast("cpu", reduced):
+        found = loss(ours, theirs)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, loss(ours, theirs))
 
 
 @pytest.mark.parametrize("loss", [distance_loss, angle_loss])

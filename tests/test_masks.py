@@ -161,3 +161,49 @@ def test_a_module_of_outputs_only_is_rejected(tmp_path: Path) -> None:
     """A single layer, whose channels are the outputs, has none to spare."""
     with pytest.raises(RecipeRejected, match="no layer of a known type"):
         prune_masks(given(nn.Sequential(nn.Linear(4, 3)), tmp_path), PruneMasks(recover="none"))
+
+
+class Pooling(nn.Module):
+    """The answer is a weighted mean of `value`'s channels over four steps; `mix` is how weights come about."""
+
+    def __init__(self, mix: str) -> None:
+        super().__init__()
+        self.mix, self.before = mix, nn.Linear(4, 6)
+        self.score, self.value = nn.Linear(6, 1), nn.Linear(6, 8)
+        self.weights = nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the data's own name
+        steps = self.before(input).relu().unsqueeze(1) * torch.arange(1.0, 5.0)[:, None]
+        weights = self.score(steps).softmax(1).transpose(1, 2) if self.mix == "scores" else self.weights.softmax(-1)
+        answer: torch.Tensor = (weights @ self.value(steps)).squeeze(1)
+        return answer
+
+
+@pytest.mark.parametrize("mix", ["scores", "learnt"])
+def test_values_that_attention_pools_are_outputs(tmp_path: Path, mix: str) -> None:
+    """A product of two activations, or with weights that are no layer's, leaves channels apart: all must stay."""
+    torch.manual_seed(0)
+    made = prune_masks(given(Pooling(mix), tmp_path), PruneMasks(recover="none"))
+    assert isinstance(made.module, Pooling)
+    assert zeroed(made.module.value.weight) == []
+    assert len(zeroed(made.module.before.weight)) == 3
+
+
+class Unknown(nn.Module):
+    """Answers with the number of a class, or without gradients."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.hidden, self.head = form, nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the data's own name
+        with torch.set_grad_enabled(self.form != "no_grad"):
+            answer: torch.Tensor = self.head(self.hidden(input).relu())
+        return answer.argmax(-1) if self.form == "argmax" else answer
+
+
+@pytest.mark.parametrize("form", ["argmax", "no_grad"])
+def test_outputs_whose_layers_cannot_be_told_are_rejected(tmp_path: Path, form: str) -> None:
+    """Rather than mask classes that a client is answered, nothing is masked."""
+    with pytest.raises(RecipeRejected, match="which layers make output 0 cannot be told"):
+        prune_masks(given(Unknown(form), tmp_path), PruneMasks(recover="none"))

@@ -174,8 +174,9 @@ def test_attention_is_trained_with_its_projections(trained: Trained, tmp_path: P
         for weight in (attention.in_proj_weight, attention.out_proj.weight, coarse.encoder.linear1.weight):
             assert all(len(channel.unique()) <= 7 for channel in weight)
         hooks = [hook for layer in coarse.modules() for hook in layer._forward_pre_hooks.values()]
-        seen = [hook for hook in hooks if isinstance(hook, InputRounding) and hook._range is not None]
-        assert len(seen) == 4, "attention, both layers after it and the head; no one calls its output projection"
+        roundings = [hook for hook in hooks if isinstance(hook, InputRounding)]
+        assert len(roundings) == 4, "attention, both layers after it and the head; no one calls its output projection"
+        assert all(rounding._range is not None for rounding in roundings)
         coarse(example).sum().backward()
     assert attention.in_proj_weight.grad is not None
     assert attention.out_proj.weight.grad is not None

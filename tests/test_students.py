@@ -15,6 +15,8 @@ from training_fixtures import lesson, points
 
 from variants.data import Samples
 from variants.export import example_tensors
+from variants.networks.blocks import InvertedResidual
+from variants.recipes.distillation.hints import pair_layers
 from variants.recipes.distillation.shallower import shallower
 from variants.recipes.distillation.students import Initial, count_weights, student_of
 from variants.recipes.recipe import Ingredients, RecipeRejected
@@ -80,7 +82,9 @@ class Counting(Listed):
     """Blocks that are asked for by their number."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
-        answer: Tensor = self.head(self.blocks[3](input))
+        for number in range(4):
+            input = self.blocks[number](input)  # noqa: A001
+        answer: Tensor = self.head(input)
         return answer
 
 
@@ -88,6 +92,80 @@ def test_blocks_that_are_counted_on_stay() -> None:
     """What would not run without its blocks keeps them; other blocks of it still go."""
     student: Any = shallower(Counting().eval(), INPUT, 0.5)
     assert [len(student.blocks), len(student.head)] == [4, 2]
+
+
+class Shifted(nn.Linear):
+    """A block that rolls its input by its own number of places, as every second one of a Swin transformer does."""
+
+    def __init__(self, shift: list[int]) -> None:
+        super().__init__(4, 4)
+        self.shift = shift
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+        return super().forward(input.roll(self.shift, [1]))
+
+
+def test_blocks_with_other_attributes_are_not_alike() -> None:
+    """Shifted and plain blocks take turns: pairs of them go, never all the shifted ones."""
+    module: Any = nn.Sequential(*(Shifted([number % 2]) for number in range(8)), nn.Linear(4, 2)).eval()
+    student: Any = shallower(module, INPUT, 0.5)
+    assert [block.shift for block in student[:-1]] == [[0], [1], [0], [1]]
+
+
+def test_blocks_that_know_their_place_are_alike() -> None:
+    """Transformers number their layers for a cache; that makes no block another."""
+
+    class Numbered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+            for number, block in enumerate(self.blocks):
+                setattr(block, "layer_idx", number)  # noqa: B010 - a linear layer declares no such attribute
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+            for block in self.blocks:
+                input = input + block(input)  # noqa: A001
+            return input
+
+    student: Any = shallower(Numbered().eval(), INPUT, 0.5)
+    assert [block.layer_idx for block in student.blocks] == [0, 2]
+
+
+class Reading(nn.Module):
+    """A block with an LSTM, which refers to its own weights in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+        answer: Tensor = self.recurrent(input)[0]
+        return answer
+
+
+def test_blocks_that_refer_to_themselves_are_alike() -> None:
+    """What a layer remembers beside numbers and texts says nothing about its kind."""
+    module = nn.Sequential(Reading(), Reading(), nn.Linear(4, 2)).eval()
+    student: Any = shallower(module, {"input": torch.randn(2, 5, 4)}, 0.5)
+    assert len(student) == 2
+
+
+class Fields(nn.Module):
+    """One table of embeddings for each column of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables, self.head = nn.ModuleList(nn.Embedding(50, 8) for _ in range(4)), nn.Linear(8, 2)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+        answer: Tensor = self.head(sum(table(input[:, column]) for column, table in enumerate(self.tables)))
+        return answer
+
+
+def test_tables_of_embeddings_are_no_blocks() -> None:
+    """Alike layers side by side do not repeat each other: without one its column would not be read any more."""
+    with pytest.raises(RecipeRejected, match="no repeated blocks"):
+        shallower(Fields().eval(), {"input": torch.zeros(2, 4, dtype=torch.int64)}, 0.5)
 
 
 class Recurrent(nn.Module):
@@ -155,6 +233,31 @@ def test_built_in_students_fit_the_model(name: str, tmp_path: Path) -> None:
     small, large = (make(name, lesson(teacher, images, tmp_path), width=width) for width in (0.1, 0.3))
     assert small(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
     assert count_weights(small) < count_weights(large)
+
+
+def test_layers_of_built_in_students_have_their_names(tmp_path: Path) -> None:
+    """Hints can be taken from any block, by its path in the network, and the input has the model's name."""
+
+    class Image(nn.Sequential):
+        def forward(self, image: Tensor) -> Tensor:
+            answer: Tensor = super().forward(image)  # type: ignore[no-untyped-call]
+            return answer
+
+    teacher = Image(nn.Conv2d(3, 4000, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4000, 70)).eval()
+    images = {"image": np.zeros((9, 3, 8, 8), np.float32)}
+    student = make("mobilenet-v3", lesson(teacher, Samples(images), tmp_path), width=0.1)
+    (pair,) = pair_layers(teacher, student, images, {"0": "features.3"})
+    assert pair.student.channels == 8
+    assert isinstance(student.get_submodule("features.3"), InvertedResidual)
+
+
+def test_making_a_student_leaves_the_process_its_randomness(given: Ingredients) -> None:
+    """Fresh weights are the same each time, and what draws numbers afterwards goes on as if there had been none."""
+    first = make("shallower", given, initial="fresh")
+    torch.manual_seed(1234)
+    state = torch.get_rng_state()
+    assert torch.equal(make("shallower", given, initial="fresh")[0].weight, first[0].weight)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_depth_thins_an_efficientnet(tmp_path: Path) -> None:

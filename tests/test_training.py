@@ -72,6 +72,15 @@ def test_fine_tuning_never_asks_the_teacher_where_there_are_labels(
     assert torch.equal(taught(module, module, given, recover), taught(module, other, given, recover)) is alike
 
 
+@pytest.mark.parametrize(("recover", "batches"), [("finetune", 1), ("distill", 4)])
+def test_the_teacher_is_asked_no_more_than_needed(tmp_path: Path, recover: Recover, batches: int) -> None:
+    """With labels for the one output, a single batch tells fine-tuning what the outputs are."""
+    teacher, asked = linear(), list[int]()
+    teacher.register_forward_pre_hook(lambda _layer, inputs: asked.append(len(inputs[0])))
+    finetune(linear(), teacher, lesson(teacher, points(256), tmp_path), recover=recover)
+    assert asked == [64] * batches
+
+
 def test_values_of_the_outputs_shape_are_learnt(tmp_path: Path) -> None:
     """A target [samples] for an output [samples, 1] is its value: the module learns it, not the teacher's zero."""
     inputs = points(256).inputs
@@ -134,6 +143,101 @@ def test_training_that_diverges_is_refused(tmp_path: Path) -> None:
     given = lesson(linear(), points(), tmp_path, config(epochs=3, learning_rate=1e38))
     with pytest.raises(RecipeRejected, match=r"diverged in epoch \d.*lower `training.learning_rate`"):
         finetune(linear(), linear(), given)
+
+
+class Rooted(nn.Linear):
+    """Answers with square roots, whose gradient at zero is infinite, and times zero none at all."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+        return (super().forward(input) ** 2).sqrt()
+
+
+def test_a_last_step_that_spoils_the_weights_is_refused(tmp_path: Path) -> None:
+    """The only step has a finite loss and a gradient that is none; NaN must not be taken for a trained module."""
+    module = Rooted(4, 2, bias=False).eval()
+    samples = points()
+    samples.inputs["input"][3] = 0
+    with pytest.raises(RecipeRejected, match=r"diverged in its last step: its weights.*lower `training.learning_rate`"):
+        finetune(module, copy.deepcopy(module), lesson(module, samples, tmp_path))
+
+
+def test_infinities_that_were_always_there_are_no_divergence(tmp_path: Path) -> None:
+    """A mask of minus infinities, as attention has, is as it should be."""
+    module = linear()
+    module.register_buffer("mask", torch.full((2,), -torch.inf))
+    assert len(finetune(module, linear(), lesson(linear(), points(), tmp_path))) == 1
+
+
+@pytest.mark.parametrize("frozen", [["0"], ["0", "2"]])
+def test_frozen_layers_learn_too(tmp_path: Path, frozen: list[str]) -> None:
+    """A factory may freeze a backbone or everything; what a recipe changed must still find its way back."""
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    for path in frozen:
+        module.get_submodule(path).requires_grad_(False)
+    before = {name: value.detach().clone() for name, value in module.named_parameters()}
+    finetune(module, linear(), lesson(linear(), points(), tmp_path))
+    assert not any(torch.equal(value, before[name]) for name, value in module.named_parameters())
+
+
+class Auxiliary(nn.Linear):
+    """A head that answers in training only."""
+
+    def forward(self, input: Tensor) -> Any:  # noqa: A002 - the data's name
+        answer = super().forward(input)
+        return (answer, answer) if self.training else answer
+
+
+@pytest.mark.parametrize("recover", ["finetune", "distill"])
+def test_auxiliary_heads_are_refused(tmp_path: Path, recover: Recover) -> None:
+    """Nobody knows what an output that is there in training only should learn."""
+    module = Auxiliary(4, 2).eval()
+    with pytest.raises(RecipeRejected, match="in training it gives 2 outputs and in use 1"):
+        finetune(copy.deepcopy(module), module, lesson(module, points(), tmp_path), recover=recover)
+
+
+class Bag(nn.Module):
+    """An embedding with sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+        answer: Tensor = self.head(self.table(input).mean(dim=1))
+        return answer
+
+
+WORDS = Samples({"input": np.ones((64, 3), np.int64)}, np.zeros(64, np.int64))
+NORMALISED = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("module", "samples", "max_batch", "said"),
+    [
+        (NORMALISED, points(1), 32, "batch normalisation cannot be trained on one sample at a time"),
+        (nn.Sequential(nn.Unflatten(0, (1, 4)), NORMALISED), points(), 0, "one sample at a time.*a batch dimension"),
+        (Bag(), WORDS, 32, "sparse gradients.*sparse=False"),
+        (nn.Sequential(nn.Linear(4, 1), nn.Sigmoid()), points(), 32, "one output per class.*`training.target`"),
+    ],
+    ids=["one sample", "no batch", "sparse", "sigmoid"],
+)
+def test_what_cannot_be_trained_is_refused(
+    tmp_path: Path, module: nn.Module, samples: Samples, max_batch: int, said: str
+) -> None:
+    """The reason says what to change, instead of a library's error."""
+    module.eval()
+    with pytest.raises(RecipeRejected, match=said):
+        finetune(copy.deepcopy(module), module, lesson(module, samples, tmp_path, max_batch=max_batch))
+
+
+def test_training_leaves_the_process_its_randomness(tmp_path: Path) -> None:
+    """What draws numbers afterwards goes on as if nothing had been trained."""
+    student, teacher = linear(), linear()
+    given = lesson(teacher, points(), tmp_path)
+    torch.manual_seed(1234)
+    state = torch.get_rng_state()
+    finetune(student, teacher, given)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_no_training_data_is_a_reason(tmp_path: Path) -> None:
@@ -246,8 +350,9 @@ def test_autocast_computes_in_the_reduced_precision() -> None:
 
 
 def test_a_trained_module_comes_back_ready_to_be_exported(tmp_path: Path) -> None:
-    """In eval mode, on the CPU, in fp32; a dropout that stayed active would give other answers each time."""
+    """Every layer in eval mode: a dropout that stayed active would give other answers each time."""
     module = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5))
-    finetune(module, module, lesson(module.eval(), points(), tmp_path))
+    finetune(module, copy.deepcopy(module).eval(), lesson(module.eval(), points(), tmp_path))
     assert not any(layer.training for layer in module.modules())
-    assert {(p.dtype, p.device.type) for p in module.parameters()} == {(torch.float32, "cpu")}
+    inputs = torch.ones(1, 4)
+    assert torch.equal(module(inputs), module[0](inputs))

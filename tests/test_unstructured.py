@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from factory_fixtures import Built
 from onnx import helper, numpy_helper
 from recipe_fixtures import HIDING_NODES, built, hide_weight, ingredients, product_graph
 from torch import nn
+from torch.nn.utils import parametrizations
 from trained_cnn import Trained, dequantised_weights, load_trained
 
 from variants.cost import cost_of
@@ -21,7 +23,7 @@ from variants.data import Samples
 from variants.export import export_graph
 from variants.recipes import RECIPES
 from variants.recipes.chain import Step, run_chain
-from variants.recipes.pruning.unstructured import PruneUnstructured, prune_unstructured
+from variants.recipes.pruning.unstructured import PruneUnstructured, prunable, prune_unstructured
 from variants.recipes.recipe import RecipeRejected
 from variants.runtimes.onnx_signature import read_signature
 from variants.source import Source
@@ -279,3 +281,32 @@ def test_nothing_to_prune_is_rejected(trained: Trained, tmp_path: Path) -> None:
     module = nn.Sequential(nn.Flatten(), nn.LayerNorm(64)).eval()
     with pytest.raises(RecipeRejected, match="no layer of a known type with weights to mask"):
         prune_unstructured(trained.given(tmp_path, module), PruneUnstructured())
+
+
+def computed(how: Any, *more: nn.Module) -> nn.Module:
+    """A layer whose weight is computed from others, and more layers, over the 64 pixels of a digit."""
+    layers = [nn.Flatten(), how(nn.Linear(64, 16)), nn.ReLU(), *more]
+    module = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        module(torch.zeros(1, 1, 8, 8))
+    return module
+
+
+@pytest.mark.parametrize("how", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_weights_that_are_computed_stay_and_are_named(trained: Trained, tmp_path: Path, how: Any) -> None:
+    """Zeros in what a weight is computed from would be none in it: the plain weights go, the findings name the rest."""
+    module = computed(how, nn.Linear(16, 10))
+    made = prune_unstructured(trained.given(tmp_path, module), PruneUnstructured(method="l1"))
+    assert made.findings["zero_share_by_layer"] == {"3.weight": 0.5}
+    assert made.findings["computed_weights_kept"] == ["1"]
+    with pytest.raises(RecipeRejected, match=r"the weights of 1 are computed from others.*remove_parametrizations"):
+        prune_unstructured(trained.given(tmp_path, computed(how)), PruneUnstructured())
+
+
+def test_the_parts_of_a_computed_weight_are_no_weights() -> None:
+    """The older weight_norm keeps direction and size as parameters of the layer itself, named as weights nearly are."""
+    module = nn.ModuleDict({"plain": nn.GRU(4, 4), "normed": nn.Linear(4, 4)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it deprecated
+        nn.utils.weight_norm(module["normed"])
+    assert [name for _, name in prunable(module)] == ["weight_ih_l0", "weight_hh_l0"]

@@ -10,8 +10,9 @@ from variants.recipes.int8.mixed import QuantizeMixed, quantize_mixed
 from variants.recipes.int8.qat import QuantizeAware, quantize_aware
 from variants.recipes.int8.static import QuantizeStatic, quantize_static
 from variants.recipes.precision import make_amp, make_fp32
-from variants.recipes.pruning.channels import PruneChannels, prune_channels
+from variants.recipes.pruning.channels import prune_channels
 from variants.recipes.pruning.masks import PruneMasks, prune_masks
+from variants.recipes.pruning.parameters import PruneChannels
 from variants.recipes.pruning.unstructured import PruneUnstructured, prune_unstructured
 from variants.recipes.recipe import Recipe
 

@@ -7,8 +7,9 @@ build. A step that needs a module comes before those that only change the graph.
 from __future__ import annotations
 
 import json
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Container, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from variants.model_config import Section
 from variants.recipes.recipe import Ingredients, Product, Recipe, RecipeRejected
@@ -65,11 +66,19 @@ def _after(product: Product | None, ingredients: Ingredients) -> Ingredients:
 
 
 def _with_history(steps: Sequence[Step], made: Made, last: Product) -> Product:
-    """The last product with the facts and findings of every step under the step's name."""
+    """The last product with the facts of every step under the step's name, and the findings of all.
+
+    What is there twice has its number behind its name, e.g. `distilled 2`.
+    """
     facts: dict[str, object] = {}
     findings: dict[str, object] = {}
     for position, step in enumerate(steps):
         product = made[json.dumps([each.facts() for each in steps[: position + 1]])]
-        facts[step.name] = step.parameters.model_dump(mode="json") | dict(product.facts)
-        findings |= product.findings
+        facts[_free(step.name, facts)] = step.parameters.model_dump(mode="json") | dict(product.facts)
+        findings |= {_free(name, findings): finding for name, finding in product.findings.items()}
     return replace(last, facts=facts, findings=findings)
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    """The name, or the first free one of `name 2`, `name 3` and so on."""
+    return name if name not in taken else next(each for n in count(2) if (each := f"{name} {n}") not in taken)

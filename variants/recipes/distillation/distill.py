@@ -18,7 +18,7 @@ from variants.model_config import RepositoryError, Section, nearest
 from variants.recipes.distillation.hints import Pair, listening, pair_layers
 from variants.recipes.distillation.students import BUILT_IN, DERIVED, Initial, count_weights, student_of, used_by
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
-from variants.recipes.training.fit import Batch, Batches, Parts, as_finding, effort, fit, tensors_of
+from variants.recipes.training.fit import Batch, Batches, Parts, answers_to, as_finding, effort, fit
 from variants.recipes.training.losses import angle_loss, answer_loss, distance_loss, hint_loss, response_loss, task_loss
 from variants.recipes.training.mixed_precision import MixedPrecision
 
@@ -165,8 +165,7 @@ class Lesson:
         """The loss of one batch by its parts; those without weight are left out."""
         import torch
 
-        answers = tensors_of(self._student(*batch.inputs))
-        parts = self._answers(answers, batch, classes=classes)
+        parts = self._answers(answers_to(batch, self._student), batch, classes=classes)
         if self._pairs:
             with torch.no_grad():
                 self._teacher(*batch.inputs)
@@ -190,17 +189,18 @@ class Lesson:
         """The losses between layers, each the mean over the pairs."""
         import torch
 
-        weights = self._weights
-        ours = [pair.student.as_map(self._heard[pair.student.path]) for pair in self._pairs]
-        theirs = [pair.teacher.as_map(self._hints[pair.teacher.path]) for pair in self._pairs]
-        losses = {
-            "hints": (weights.hints, lambda n: hint_loss(ours[n], theirs[n], self._projections[n])),
-            "relation distance": (weights.relation_distance, lambda n: distance_loss(ours[n], theirs[n])),
-            "relation angle": (weights.relation_angle, lambda n: angle_loss(ours[n], theirs[n])),
-        }
-        numbers = range(len(self._pairs))
-        return {
-            name: weight * torch.stack([loss(number) for number in numbers]).mean()
-            for name, (weight, loss) in losses.items()
-            if weight
-        }
+        weights, parts = self._weights, Parts()
+        maps = [
+            (pair.student.as_map(self._heard[pair.student.path]), pair.teacher.as_map(self._hints[pair.teacher.path]))
+            for pair in self._pairs
+        ]
+        if weights.hints:
+            losses = [hint_loss(*pair, projection) for pair, projection in zip(maps, self._projections, strict=True)]
+            parts["hints"] = weights.hints * torch.stack(losses).mean()
+        if weights.relation_distance:
+            losses = [distance_loss(*pair) for pair in maps]
+            parts["relation distance"] = weights.relation_distance * torch.stack(losses).mean()
+        if weights.relation_angle:
+            losses = [angle_loss(*pair) for pair in maps]
+            parts["relation angle"] = weights.relation_angle * torch.stack(losses).mean()
+        return parts

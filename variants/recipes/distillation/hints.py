@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 
 _CHANNELS_SECOND = (
     "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
-    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm",
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm",
+    "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "GroupNorm", "PReLU",
 )  # fmt: skip
+_WIDTHS = (
+    "out_channels", "out_features", "num_features", "num_channels", "num_parameters", "embedding_dim", "embed_dim",
+)  # fmt: skip
+"""What torch's layers call the number of channels of their answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ def pair_layers(
 def listening(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
     """Within it, every run of `module` leaves the last answers of its inner layers in what is yielded, in their order.
 
-    Of a layer that answers with several tensors it is the first.
+    Of a layer that answers with several tensors it is the first; a copy, for what follows may change it in place.
     """
     import torch
 
@@ -88,7 +93,7 @@ def listening(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, tor
             first: Any = next(iter(tensors_of(answer)), None)
             heard.pop(path, None)
             if isinstance(first, torch.Tensor) and first.ndim >= 2 and first.is_floating_point():
-                heard[path] = first
+                heard[path] = first.clone()
 
         return keep
 
@@ -113,24 +118,54 @@ def _inner_layers(module: nn.Module, example: Mapping[str, Array]) -> dict[str, 
         with listening(module, paths) as answers, torch.no_grad():
             module(**example_tensors(module, example, samples, batched=True))
         heard.append({path: tuple(answer.shape) for path, answer in answers.items()})
-    found = {}
+    found: dict[str, InnerLayer] = {}
+    before: InnerLayer | None = None
     for path, shape in heard[0].items():
         differing = [axis for axis, sizes in enumerate(zip(shape, heard[1][path], strict=True)) if len(set(sizes)) > 1]
         if len(differing) == 1 and shape[differing[0]] == 2:
-            channel = _channel_axis(module.get_submodule(path), len(shape))
+            channel = _channel_axis(module.get_submodule(path), shape, differing[0], before)
             if channel != differing[0]:
-                found[path] = InnerLayer(path, differing[0], channel, shape[channel], len(shape))
+                found[path] = before = InnerLayer(path, differing[0], channel, shape[channel], len(shape))
     return found
 
 
-def _channel_axis(layer: nn.Module, dimensions: int) -> int:
-    """Convolutions and what follows them have channels second; recurrent layers and transformers last."""
+def _channel_axis(layer: nn.Module, shape: Sequence[int], batch_axis: int, before: InnerLayer | None) -> int:
+    """The dimension as long as its last weighted layer has channels; one without such is like what answered before it.
+
+    Where several dimensions are that long, or none, convolutions and what follows them have channels second, recurrent
+    layers and transformers last.
+    """
     from torch import nn
 
-    weighted = [inner for inner in layer.modules() if next(inner.parameters(recurse=False), None) is not None]
+    weighted = [(inner, width) for inner in layer.modules() if (width := _width(inner)) is not None]
+    dimensions = len(shape)
     if weighted:
-        return 1 if isinstance(weighted[-1], tuple(getattr(nn, name) for name in _CHANNELS_SECOND)) else dimensions - 1
-    return 1 if dimensions > 3 else dimensions - 1
+        last, channels = weighted[-1]
+        is_second = isinstance(last, tuple(getattr(nn, name) for name in _CHANNELS_SECOND))
+    else:
+        channels = before.channels if before else 0
+        alike = before if before and before.dimensions == dimensions else None
+        is_second = alike.channel_axis == 1 if alike else dimensions > 3
+    fitting = [axis for axis, size in enumerate(shape) if size == channels and axis != batch_axis]
+    if len(fitting) == 1:
+        return fitting[0]
+    return 1 if is_second else dimensions - 1
+
+
+def _width(layer: nn.Module) -> int | None:
+    """How many channels a layer of its own weights answers with; None for others, and where it does not say."""
+    from torch import nn
+
+    if next(layer.parameters(recurse=False), None) is None:
+        return None
+    if isinstance(layer, nn.RNNBase):
+        return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+    if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:
+        return None
+    normalised = getattr(layer, "normalized_shape", None)
+    if isinstance(normalised, Sequence) and len(normalised) == 1:
+        return int(normalised[0])
+    return next((width for name in _WIDTHS if isinstance(width := getattr(layer, name, None), int)), None)
 
 
 def _last_map(module: nn.Module, layers: Mapping[str, InnerLayer], example: Mapping[str, Array]) -> InnerLayer:

@@ -1,14 +1,15 @@
 """A shallower student: of the blocks that a network repeats, only some are left.
 
 Rules of this file: blocks are repeated where a Sequential or a ModuleList holds alike ones, one after another or in
-alike groups; a recurrent layer repeats itself `num_layers` times. What does not run without them, keeps them.
+alike groups, and each answers in the shape that it is given; a recurrent layer repeats itself `num_layers` times. What
+does not run without them, keeps them.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from variants.recipes.recipe import RecipeRejected
 from variants.recipes.training.fit import tensors_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -25,7 +27,8 @@ def shallower(module: nn.Module, tensors: dict[str, Any], depth: float) -> nn.Mo
     Blocks keep their weights. `tensors` are example inputs. Raises RecipeRejected when no block can go.
     """
     changed = module
-    for path, gone in reversed(list(_removable(module, "", depth))):  # from the back: removal renumbers what follows
+    removable = list(_removable(module, "", depth, _shapes_through(module, tensors)))
+    for path, gone in reversed(removable):  # from the back: removal renumbers what follows
         changed = _without(changed, path, gone, tensors)
     for path, layers in _recurrent(changed, depth):
         changed = _with_layers(changed, path, layers, tensors)
@@ -36,38 +39,100 @@ def shallower(module: nn.Module, tensors: dict[str, Any], depth: float) -> nn.Mo
     return changed
 
 
-def _removable(module: nn.Module, path: str, depth: float) -> Iterator[tuple[str, list[int]]]:
+Passing = Mapping[str, tuple["torch.Size", "torch.Size"]]
+"""What goes in and out of each layer that runs, by its path."""
+
+
+def _shapes_through(module: nn.Module, tensors: dict[str, Any]) -> Passing:
+    """The shapes of each layer's first input and first answer."""
+    import torch
+
+    found: dict[str, tuple[torch.Size, torch.Size]] = {}
+
+    def listener(path: str) -> Any:
+        def note(_layer: nn.Module, inputs: Any, named: Any, answer: Any) -> None:
+            given: Any = next(iter([*inputs, *named.values()]), None)
+            gives: Any = next(iter(tensors_of(answer)), None)
+            if isinstance(given, torch.Tensor) and isinstance(gives, torch.Tensor):
+                found[path] = (given.shape, gives.shape)
+
+        return note
+
+    layers = list(module.named_modules())
+    handles = [layer.register_forward_hook(listener(path), with_kwargs=True) for path, layer in layers]
+    try:
+        with torch.no_grad():
+            module(*tensors.values())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _removable(module: nn.Module, path: str, depth: float, passing: Passing) -> Iterator[tuple[str, list[int]]]:
     """The containers by path, with the positions of the children that go; inside a repeated block nothing goes."""
     from torch import nn
 
-    children = list(module.named_children())
+    children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
     repeated: set[int] = set()
     gone: list[int] = []
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
-        for start, period, times in _repeats([_kind(child) for _, child in children]):
+        for start, period, times in _repeats(_kinds([child for _, child in children])):
             repeated.update(range(start, start + period * times))
-            kept = _spread(times, depth)
-            gone += [start + period * i + j for i in range(times) if i not in kept for j in range(period)]
+            starts = [start + period * i for i in range(times) if i not in _spread(times, depth)]
+            shapes = [(passing.get(children[at][0]), passing.get(children[at + period - 1][0])) for at in starts]
+            if all(first and last and first[0] == last[1] for first, last in shapes):
+                gone += [at + j for at in starts for j in range(period)]
     if gone:
         yield path, gone
-    for position, (name, child) in enumerate(children):
+    for position, (inner, child) in enumerate(children):
         if position not in repeated:
-            yield from _removable(child, f"{path}.{name}" if path else name, depth)
+            yield from _removable(child, inner, depth, passing)
 
 
-def _kind(layer: nn.Module) -> tuple[str, tuple[tuple[int, ...], ...]]:
-    """What two alike blocks have in common: all but the weights' values."""
-    return repr(layer), tuple(tuple(value.shape) for value in layer.state_dict().values())
+Kind = tuple[str, str, tuple[tuple[int, ...], ...]]
 
 
-def _repeats(kinds: Sequence[tuple[str, tuple[tuple[int, ...], ...]]]) -> Iterator[tuple[int, int, int]]:
+def _kinds(layers: Sequence[nn.Module]) -> list[Kind]:
+    """What alike blocks have in common: how they print, their plain attributes, and the shapes of their weights.
+
+    An attribute by which every block knows its own place says nothing: transformers have it for their caches.
+    """
+    attributes = [_attributes(layer) for layer in layers]
+    places = {
+        name
+        for name in (attributes[0] if len(attributes) > 1 else {})
+        if all(type(each.get(name)) is int and each[name] == at for at, each in enumerate(attributes))
+    }
+    return [
+        (
+            repr(layer),
+            repr([(name, value) for name, value in own.items() if name not in places]),
+            tuple(tuple(value.shape) for value in layer.state_dict().values()),
+        )
+        for layer, own in zip(layers, attributes, strict=True)
+    ]
+
+
+def _attributes(layer: nn.Module) -> dict[tuple[str, str], Any]:
+    """The plain attributes of a layer and of those inside it."""
+    named = layer.named_modules()
+    return {(path, name): value for path, each in named for name, value in vars(each).items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number, a truth value, a text, or a sequence of such."""
+    return isinstance(value, (int, float, str)) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
+
+
+def _repeats(kinds: Sequence[Kind]) -> Iterator[tuple[int, int, int]]:
     """Runs of alike groups that hold weights: (start, length of a group, how many)."""
     start = 0
     while start < len(kinds):
         for period in range(1, (len(kinds) - start) // 2 + 1):
             group = kinds[start : start + period]
             times = next(i for i in count(1) if kinds[start + i * period : start + (i + 1) * period] != group)
-            if times > 1 and any(shapes for _, shapes in group):
+            if times > 1 and any(shapes for *_, shapes in group):
                 yield start, period, times
                 start += period * times - 1
                 break

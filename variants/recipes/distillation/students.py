@@ -16,7 +16,7 @@ from variants.model_config import RepositoryError
 from variants.recipes.distillation.shallower import shallower
 from variants.recipes.pruning.channels import narrower
 from variants.recipes.recipe import RecipeRejected
-from variants.recipes.training.fit import tensors_of
+from variants.recipes.training.fit import seeded, tensors_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,7 @@ BUILT_IN: Mapping[str, tuple[str, Mapping[str, str]]] = MappingProxyType(
 _USES = {"narrower": ("width", "initial"), "shallower": ("depth", "initial"), "efficientnet": ("width", "depth")}
 
 
+@seeded()
 def student_of(
     name: str, module: nn.Module, tensors: dict[str, Any], *, width: float, depth: float, initial: Initial
 ) -> nn.Module:
@@ -45,9 +46,6 @@ def student_of(
     `name` is narrower, shallower, one of `BUILT_IN`, or `package.module:factory`; `tensors` are real samples in the
     order of `forward`. `initial` is what a derived student starts from: the weights that are left, or fresh ones.
     """
-    import torch
-
-    torch.manual_seed(0)
     if name == "narrower":
         student = narrower(module, tensors, 1 - width)
     elif name == "shallower":
@@ -103,13 +101,19 @@ def _built_in(name: str, teacher: nn.Module, tensors: dict[str, Any], width: flo
 
 
 def _with_input(network: nn.Module, name: str) -> nn.Module:
-    """The network with another name for its one input, which the data and the artefact know it by."""
+    """The network with another name for its one input, which the data and the artefact know it by.
+
+    Its layers are called whole, not what is in them, so that hints can be taken from any of them.
+    """
     from torch import fx
 
-    traced = fx.symbolic_trace(network)
-    next(node for node in traced.graph.nodes if node.op == "placeholder").target = name
-    traced.recompile()
-    return traced
+    class Shallow(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002 - fx names them
+            return True
+
+    graph = Shallow().trace(network)
+    next(node for node in graph.nodes if node.op == "placeholder").target = name
+    return fx.GraphModule(network, graph)
 
 
 def _own(name: str) -> nn.Module:

@@ -43,9 +43,12 @@ def fake_quantized(module: nn.Module, limit: int, calibrate: Callable[[], None])
     `calibrate` runs the module on calibration data, where input ranges start; in training they follow by a moving
     average. Batch normalisation keeps its statistics throughout: they are folded into the weights that are served, and
     a scale per output channel makes rounding before the folding the same as after it. Gives the number of weights.
+
+    The inputs of attention's output projection stay as they are: attention reads its weight and never calls it.
     """
     weights = quantizable_weights(module)
-    layers = list(dict.fromkeys(layer for layer, _ in weights))
+    never_called = {layer.out_proj for layer in module.modules() if isinstance(layer, nn.MultiheadAttention)}
+    layers = [layer for layer in dict.fromkeys(layer for layer, _ in weights) if layer not in never_called]
     roundings = [InputRounding() for _ in layers]
     pairs = zip(layers, roundings, strict=True)
     handles = [layer.register_forward_pre_hook(each, with_kwargs=True) for layer, each in pairs]

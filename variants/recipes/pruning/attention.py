@@ -69,9 +69,9 @@ class Attention(nn.Module):
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    layer.weight = nn.Parameter(weight.detach().clone())
+    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
+        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return layer
 
 
@@ -90,10 +90,15 @@ def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Te
 
 
 def with_plain_attention(module: nn.Module) -> None:
-    """Put `Attention` in place of torch's, wherever its form is known: no extra key, value or zero."""
-    for parent in list(module.modules()):
-        if isinstance(parent, nn.TransformerEncoder):
-            parent.use_nested_tensor = False  # nested tensors know torch's own attention only
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.MultiheadAttention) and child.bias_k is None and not child.add_zero_attn:
-                setattr(parent, name, Attention(child))
+    """Put `Attention` in place of torch's, wherever its form is known: no extra key, value or zero.
+
+    What several places share they share afterwards too.
+    """
+    made: dict[nn.Module, Attention] = {}
+    for path, part in list(module.named_modules(remove_duplicate=False)):
+        if isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = False  # nested tensors know torch's own attention only
+        if path and isinstance(part, nn.MultiheadAttention) and part.bias_k is None and not part.add_zero_attn:
+            made[part] = made.get(part) or Attention(part)
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, made[part])

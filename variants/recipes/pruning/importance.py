@@ -10,6 +10,7 @@ Liu et al., "Network Slimming", 2017. Activation: the mean magnitude of what the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch import nn
 
 from variants.data import spread
 from variants.export import example_tensors
-from variants.recipes.pruning.channels import Importance
 from variants.recipes.pruning.layers import Layer
+from variants.recipes.pruning.parameters import Importance
 from variants.recipes.pruning.units import Structure, Values
 from variants.recipes.recipe import Ingredients, RecipeRejected
 from variants.recipes.training.fit import tensors_of
@@ -80,13 +81,33 @@ def _answer_changes(module: nn.Module, structure: Structure, ingredients: Ingred
     """
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for inputs in _chunks(module, ingredients, _TAYLOR_BATCH):
-        answers = tensors_of(module(*inputs))
-        module.zero_grad(set_to_none=True)
-        torch.stack([(each * torch.randn(each.shape, generator=generator)).sum() for each in answers]).sum().backward()
-        rows.append(_by_slot(structure, _gradient_times_weight))
-    module.zero_grad(set_to_none=True)
+    with _learning(module):
+        for inputs, _ in _chunks(module, ingredients, _TAYLOR_BATCH):
+            answers = [each for each in tensors_of(module(*inputs)) if each.requires_grad]
+            if not answers:
+                raise RecipeRejected(
+                    "importance `taylor` needs answers with gradients, which it has none of; take `l1`"
+                )
+            module.zero_grad(set_to_none=True)
+            sums = [(each * torch.randn(each.shape, generator=generator)).sum() for each in answers]
+            torch.stack(sums).sum().backward()
+            rows.append(_by_slot(structure, _gradient_times_weight))
     return np.stack(rows)
+
+
+@contextmanager
+def _learning(module: nn.Module) -> Iterator[None]:
+    """While open, all weights have gradients, frozen ones too; afterwards none has."""
+    frozen = [value for value in module.parameters() if not value.requires_grad and value.is_floating_point()]
+    try:
+        for value in frozen:
+            value.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        module.zero_grad(set_to_none=True)
+        for value in frozen:
+            value.requires_grad_(False)
 
 
 def _gradient_times_weight(layer: Layer) -> np.ndarray:
@@ -95,22 +116,26 @@ def _gradient_times_weight(layer: Layer) -> np.ndarray:
 
 def _activations(module: nn.Module, structure: Structure, ingredients: Ingredients) -> Values:
     """The mean magnitude of every column that a layer takes, and of a recurrent layer's last states."""
-    total = np.zeros(len(structure.fixed))
+    total, samples = np.zeros(len(structure.fixed)), 0
+    means = np.zeros_like(total)
     hooks = [
         layer.module.register_forward_hook(
-            partial(_add_magnitudes, layer, total[structure.share(name)]), with_kwargs=True
+            partial(_add_magnitudes, layer, means[structure.share(name)]), with_kwargs=True
         )
         for name, layer in structure.layers.items()
         if not layer.is_channelwise
     ]
     try:
         with torch.no_grad():
-            for inputs in _chunks(module, ingredients, _BATCH):
+            for inputs, count in _chunks(module, ingredients, _BATCH):
+                means[:] = 0
                 module(*inputs)
+                total += count * means  # the last chunk may be smaller than the others
+                samples += count
     finally:
         for hook in hooks:
             hook.remove()
-    return total[None]
+    return total[None] / samples
 
 
 def _add_magnitudes(layer: Layer, total: Values, _module: nn.Module, *call: Any) -> None:
@@ -126,8 +151,8 @@ def _add_magnitudes(layer: Layer, total: Values, _module: nn.Module, *call: Any)
         total[np.concatenate(layer.blocks)] += magnitudes.flatten().numpy()
 
 
-def _chunks(module: nn.Module, ingredients: Ingredients, size: int) -> Iterator[list[torch.Tensor]]:
-    """Samples as inputs in the order of `forward`, `size` at a time. Raises RecipeRejected if there are none."""
+def _chunks(module: nn.Module, ingredients: Ingredients, size: int) -> Iterator[tuple[list[torch.Tensor], int]]:
+    """Samples as inputs in the order of `forward`, `size` at a time, and how many. Raises RecipeRejected."""
     samples = ingredients.training or ingredients.calibration  # never what accuracy is measured on
     if samples is None:
         raise RecipeRejected("this importance needs samples; add `calibration:` or `training:` data, or take `l1`")
@@ -135,4 +160,4 @@ def _chunks(module: nn.Module, ingredients: Ingredients, size: int) -> Iterator[
     size = size if batched else 1
     for start in range(0, len(samples), size):
         part = samples.take(slice(start, start + size))
-        yield list(example_tensors(module, part.inputs, len(part), batched=batched).values())
+        yield list(example_tensors(module, part.inputs, len(part), batched=batched).values()), len(part)

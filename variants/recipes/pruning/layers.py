@@ -106,7 +106,9 @@ def describe(module: nn.Module) -> Layer | None:
         return None
     axes = {name: dims for name, dims in layer.axes.items() if getattr(module, name, None) is not None}
     own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-    return replace(layer, axes=axes) if axes and set(axes) <= set(own) else None  # parametrised weights are computed
+    if not set(axes) <= set(own) or not (axes or layer.is_channelwise):  # parametrised weights are computed
+        return None
+    return replace(layer, axes=axes)
 
 
 def _numbered(outs: int, ins: int) -> tuple[Slots, Slots]:
@@ -178,6 +180,7 @@ _KINDS: tuple[tuple[tuple[type[nn.Module], ...], Callable[[Any], Layer | None]],
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), lambda module: _channelwise(module, "num_features", 1)),
     ((nn.InstanceNorm1d,), lambda module: _channelwise(module, "num_features", -2)),
     ((nn.InstanceNorm2d,), lambda module: _channelwise(module, "num_features", -3)),
+    ((nn.InstanceNorm3d,), lambda module: _channelwise(module, "num_features", -4)),
     ((nn.PReLU,), lambda module: _channelwise(module, "num_parameters", 1)),
     ((nn.Embedding,), _embedding),
     ((nn.RNNBase,), _recurrent),

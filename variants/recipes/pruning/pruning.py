@@ -63,8 +63,11 @@ class Pruning:
         for group in find_groups(self._structure, values):
             counts = self._units.setdefault(group.layers, [len(group.units)] * 2)
             counts[1] = len(group.units)
-            going = counts[1] - kept(counts[0], sparsity, self._round_to if group.width == 1 else 1)
+            left = kept(counts[0], sparsity, self._round_to if group.width == 1 else 1)
+            going = counts[1] - left
             if going <= 0:
+                if counts[0] == counts[1]:
+                    self._reasons |= dict.fromkeys(group.layers, _whole(counts[0], self._round_to))
                 continue
             lowest = np.argsort(rank(values, group.units), kind="stable")[:going]
             try:
@@ -84,6 +87,13 @@ class Pruning:
         """The widths of what may go, and why other layers keep theirs, as plain JSON values."""
         groups = [{"layers": list(n), "before": first, "after": left} for n, (first, left) in self._units.items()]
         return {"channels": groups, "kept_channels": self._reasons}
+
+
+def _whole(units: int, round_to: int) -> str:
+    """Why a group of which this share might have gone has all its units."""
+    if units == 1:
+        return "its channels all depend on one another"
+    return f"{units} units less this share round to {units} (round_to: {round_to})"
 
 
 def kept(units: int, sparsity: float, round_to: int) -> int:

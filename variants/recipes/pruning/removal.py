@@ -1,11 +1,13 @@
 """Taking units out of a network, with a proof: it answers as the network with the same weights set to zero.
 
-Rules of this file: a group goes soundly, or nothing has changed and the reason is raised.
+Rules of this file: a group goes soundly, or nothing has changed and the reason is raised. What a module knows of its
+widths is changed only where it fails otherwise, and as little of it as possible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,14 @@ from variants.export import EXPORT_TOLERANCE
 from variants.recipes.pruning.layers import Gone, Layer
 from variants.recipes.pruning.units import Group, Structure
 from variants.recipes.training.fit import tensors_of
+
+_LEAST = 1e-12
+"""Answers below this count as zero."""
+_MOST_NUMBERS = 3
+"""How many attributes of a module may have to change together."""
+
+Numbers = Mapping[str, int]
+"""What attributes become, by their names."""
 
 
 class UnsoundRemoval(Exception):
@@ -28,7 +38,7 @@ def remove(
     """Take the units at these positions of a group out of a module in eval mode. Raises UnsoundRemoval.
 
     Code may know its widths as integers of the module that holds the layers, such as a number of heads: where the
-    network fails otherwise, those that equal the old number of units, or an old width, become the new one.
+    network fails otherwise, the fewest that make it sound become the new ones. Several ways to do so are none.
     """
     gone = np.zeros_like(structure.gone)
     gone[np.concatenate([group.units[position] for position in going])] = True
@@ -38,17 +48,13 @@ def remove(
     owners = list(dict.fromkeys(module.get_submodule(name.rpartition(".")[0]) for name in shares))
     before = [_state(part) for part in (*(layer.module for layer in old.values()), *owners)]
     new = {name: layer.remove(shares[name]) for name, layer in old.items()}
-    reasons = []
-    for numbers in _numbers(group, going, old, new):
-        _renumber(owners, numbers)
-        reason = difference(module, tensors, expected)
-        if reason is None:
-            structure.layers.update(new)
-            structure.gone[gone] = True
-            return
-        reasons.append(reason)
-    _restore(before)
-    raise UnsoundRemoval(reasons[0])
+    try:
+        _make_sound(module, owners, _changes(group, going, old, new), tensors, expected)
+    except UnsoundRemoval:
+        _restore(before)
+        raise
+    structure.layers.update(new)
+    structure.gone[gone] = True
 
 
 def answers(module: nn.Module, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -66,8 +72,10 @@ def difference(module: nn.Module, tensors: Sequence[torch.Tensor], expected: Seq
     if [value.shape for value in found] != [value.shape for value in expected]:
         return "the shape of an output would change"
     for got, want in zip(found, expected, strict=True):
-        apart = (got.double() - want.double()).abs().amax() if got.numel() else torch.zeros(())
-        if not apart <= EXPORT_TOLERANCE * max(1.0, float(want.double().abs().max())):  # so that NaN is a difference
+        if not got.numel():
+            continue
+        allowed = EXPORT_TOLERANCE * max(_LEAST, float(want.double().abs().max())) if want.is_floating_point() else 0
+        if not (got.double() - want.double()).abs().amax() <= allowed:  # so that NaN is a difference
             return "the answers depend on how many channels there are"
     return None
 
@@ -86,30 +94,72 @@ def _with_zeros(
             value.data.copy_(old)
 
 
-def _numbers(
+def _make_sound(
+    module: nn.Module,
+    owners: Sequence[nn.Module],
+    changes: set[tuple[int, int]],
+    tensors: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+) -> None:
+    """Change the fewest numbers of the owners with which the module answers as expected. Raises UnsoundRemoval."""
+    taken, first = [_state(owner) for owner in owners], ""
+    for choices in _choices(owners, changes):
+        sound = []
+        for numbers in choices:
+            _renumber(owners, numbers, changes)
+            why = difference(module, tensors, expected)
+            _restore(taken)
+            first = first or why or ""
+            sound += [numbers] if why is None else []
+        if len(sound) > 1:
+            ways = " or ".join(", ".join(f"{name} = {number}" for name, number in each.items()) for each in sound)
+            raise UnsoundRemoval(f"it is ambiguous which number of the code has to change: {ways}")
+        if sound:
+            _renumber(owners, sound[0], changes)
+            return
+    raise UnsoundRemoval(first)
+
+
+def _changes(
     group: Group, going: Sequence[int], old: Mapping[str, Layer], new: Mapping[str, Layer]
-) -> Iterator[dict[int, int]]:
-    """Which integers may have to become which others, more and more: none, the number of units, widths."""
-    units = {len(group.units): len(group.units) - len(going)}
+) -> set[tuple[int, int]]:
+    """What became another number, and which: the number of units, and widths of layers."""
     widths = {
-        len(slots): len(new[name].sizes[size]) for name, layer in old.items() for size, slots in layer.sizes.items()
+        (len(slots), len(new[name].sizes[size])) for name, layer in old.items() for size, slots in layer.sizes.items()
     }
-    yield from ({}, units, widths | units)
+    found = widths | {(len(group.units), len(group.units) - len(going))}
+    return {(before, after) for before, after in found if before != after}
 
 
-def _renumber(owners: Sequence[nn.Module], numbers: Mapping[int, int]) -> None:
+def _choices(owners: Sequence[nn.Module], changes: set[tuple[int, int]]) -> Iterator[list[Numbers]]:
+    """Which attributes may have to become what: none, then one, and so on; blocks of one kind share their names."""
+    known = dict.fromkeys(
+        (name, value) for owner in owners for name, value in vars(owner).items() if type(value) is int
+    )
+    single = dict.fromkeys(
+        (name, after) for name, value in known for before, after in sorted(changes) if value == before
+    )
+    for count in range(min(_MOST_NUMBERS, len(single)) + 1):
+        yield [numbers for chosen in combinations(single, count) if len(numbers := dict(chosen)) == count]
+
+
+def _renumber(owners: Sequence[nn.Module], numbers: Numbers, changes: set[tuple[int, int]]) -> None:
     for owner in owners:
-        for name, value in list(vars(owner).items()):
-            if type(value) is int and value in numbers:
-                setattr(owner, name, numbers[value])
+        for name, number in numbers.items():
+            if type(value := vars(owner).get(name)) is int and (value, number) in changes:
+                setattr(owner, name, number)
 
 
 def _state(part: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """A module's attributes, so far as removing replaces them."""
-    return part, {n: v.copy() if isinstance(v, (dict, list)) else v for n, v in vars(part).items()}
+    return part, _copied(vars(part))
 
 
 def _restore(states: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
     for part, state in states:
         vars(part).clear()
-        vars(part).update(state)
+        vars(part).update(_copied(state))
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.copy() if isinstance(value, (dict, list)) else value for name, value in state.items()}

@@ -113,6 +113,8 @@ def _keeps_weights(part: nn.Module) -> bool:
     """Whether a module computes with weights of its own, which are unknown here: what it takes stays as it is."""
     if isinstance(part, nn.MultiheadAttention):
         return True
+    if isinstance(part, nn.PReLU) and part.num_parameters == 1:  # one slope for all channels leaves them apart
+        return False
     return not any(True for _ in part.children()) and any(True for _ in part.parameters(recurse=False))
 
 
@@ -127,7 +129,10 @@ def _leaves(value: Any) -> list[torch.Tensor]:
 def _copied(answer: Any) -> Any:
     if isinstance(answer, torch.Tensor):
         return answer.clone()
-    return tuple(map(_copied, answer)) if isinstance(answer, tuple) else copy.deepcopy(answer)
+    if isinstance(answer, tuple):
+        parts = map(_copied, answer)
+        return type(answer)(*parts) if hasattr(answer, "_fields") else tuple(parts)  # a named one takes its fields
+    return copy.deepcopy(answer)
 
 
 def _poisoned(layer: Layer, answer: Any, channels: Slots) -> Any:

@@ -73,7 +73,7 @@ def find_structure(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Struct
         elif layer.outs == 1:
             reasons[name] = "it has one channel only"
         elif not seen.any():
-            reasons[name] = "no layer takes its channels"
+            reasons[name] = "no layer was seen to take its channels"
         else:
             reach[name] = seen
     found = [pairs for names in _apart(reach) for pairs in _followed(tracer, names, reach)]
@@ -124,8 +124,12 @@ def _followed(tracer: Tracer, names: Sequence[str], reach: Mapping[str, Gone]) -
         taking_part = [name for name in left if channel < tracer.layers[name].outs]
         sees, _ = tracer.follow({name: np.array([channel]) for name in taking_part})
         for name in taking_part:
-            columns = np.flatnonzero(sees & reach[name])
-            yield np.stack([np.full_like(columns, tracer.first[name] + channel), columns], axis=1)
+            columns, own = np.flatnonzero(sees & reach[name]), tracer.first[name] + channel
+            yield np.stack([np.full_like(columns, own), columns], axis=1)
+            if len(columns) == reach[name].sum():  # whatever a column takes is joined: one unit, as under a softmax
+                left.remove(name)
+                channels = tracer.first[name] + np.arange(tracer.layers[name].outs)
+                yield np.stack([np.full_like(channels, own), channels], axis=1)
 
 
 def _seen_by_digit(tracer: Tracer, digits: Mapping[str, Sequence[Slots]]) -> list[list[Gone]]:

@@ -1,12 +1,15 @@
 """prune-unstructured: single weights become zero, which compresses well and makes nothing faster.
 
 Rules of this file: a torch source is masked with `torch.nn.utils.prune` and may recover; an ONNX graph gets the same
-zeros without torch. Only weights of products, convolutions and recurrent layers go: no embedding, norm or bias.
+zeros without torch. Only weights of products, convolutions and recurrent layers go: no embedding, norm or bias, and no
+weight that a module computes from others, where zeros would be none.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,8 +20,10 @@ from pydantic import Field
 from variants.data import Array
 from variants.model_config import Section
 from variants.recipes.graph import finished, folded
+from variants.recipes.pruning.outputs import mixing_layers
 from variants.recipes.pruning.zeros import Recover, Weight, mask_module, shared_beyond, zero_shares
 from variants.recipes.recipe import Ingredients, Product, RecipeRejected
+from variants.recipes.training.fit import seeded
 from variants.runtimes.onnx_signature import nested_graphs
 
 if TYPE_CHECKING:
@@ -28,6 +33,9 @@ _WEIGHT_INPUTS = dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul"), (1,)
     ("LSTM", "GRU", "RNN"), (1, 2)
 )
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
+
+_PLAIN = re.compile(r"weight(_(ih|hh|hr)(_l\d+(_reverse)?)?)?|(in|q|k|v)_proj_weight")
+"""What torch's layers call the weights that they multiply with."""
 
 Method = Literal["global-l1", "l1", "random"]
 
@@ -50,42 +58,53 @@ def prune_unstructured(ingredients: Ingredients, parameters: PruneUnstructured) 
     """
     if ingredients.source.module is None and parameters.recover == "none":
         return _prune_graph(ingredients, parameters)
-    return mask_module(ingredients, parameters.recover, lambda module, _: _masked(module, parameters))
+    product = mask_module(ingredients, parameters.recover, lambda module, _: _masked(module, parameters))
+    computed = _computed(ingredients.source.module)
+    return replace(product, findings={**product.findings, "computed_weights_kept": computed}) if computed else product
 
 
 def _masked(module: nn.Module, parameters: PruneUnstructured) -> list[Weight]:
-    """Mask the weights of the known layers; returns them."""
-    import torch
+    """Mask the weights of the known layers; returns them. Raises RecipeRejected if all are computed from others."""
     from torch.nn.utils import prune
 
-    torch.manual_seed(0)
-    weights = _prunable(module)
+    weights, computed = prunable(module), _computed(module)
+    if computed and not weights:
+        raise RecipeRejected(
+            f"the weights of {', '.join(computed[:5])} are computed from others, as by weight_norm, and there are no "
+            "plain ones; make them plain first (`parametrize.remove_parametrizations`)"
+        )
     if parameters.method == "global-l1" and weights:
         prune.global_unstructured(weights, prune.L1Unstructured, amount=parameters.sparsity)
         return weights
     mask = prune.l1_unstructured if parameters.method == "l1" else prune.random_unstructured
-    for layer, name in weights:
-        mask(layer, name, amount=parameters.sparsity)
+    with seeded():
+        for layer, name in weights:
+            mask(layer, name, amount=parameters.sparsity)
     return weights
 
 
-def _prunable(module: nn.Module) -> list[Weight]:
+def prunable(module: nn.Module) -> list[Weight]:
     """The weights of the known layers, those that another kind of layer shares excepted; each is there once."""
-    from torch import nn
-
-    layers = (
-        nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-        nn.RNNBase, nn.RNNCell, nn.LSTMCell, nn.GRUCell,
-    )  # fmt: skip
-    known = [layer for layer in module.modules() if isinstance(layer, (*layers, nn.MultiheadAttention))]
+    known = [layer for layer in module.modules() if isinstance(layer, mixing_layers())]
     found: dict[int, Weight] = {}
     for layer in known:
         for name, weight in layer.named_parameters(recurse=False):
-            attention = isinstance(layer, nn.MultiheadAttention) and name.endswith("proj_weight")
-            if attention or (isinstance(layer, layers) and name.startswith("weight")):
+            if _PLAIN.fullmatch(name):
                 found.setdefault(id(weight), (layer, name))
     shared = shared_beyond(module, known)
     return [weight for key, weight in found.items() if key not in shared]
+
+
+def _computed(module: nn.Module | None) -> list[str]:
+    """The names of the known layers whose weights, or some of them, are computed from other parameters."""
+    known = {} if module is None else {n: p for n, p in module.named_modules() if isinstance(p, mixing_layers())}
+    names = {name: [own for own, _ in layer.named_parameters(recurse=False)] for name, layer in known.items()}
+    return [
+        name
+        for name, layer in known.items()
+        if any("weight" in own and not _PLAIN.fullmatch(own) for own in names[name])
+        or any(_PLAIN.fullmatch(own) for own in getattr(layer, "parametrizations", {}))
+    ]
 
 
 def _prune_graph(ingredients: Ingredients, parameters: PruneUnstructured) -> Product:

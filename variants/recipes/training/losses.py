@@ -1,7 +1,7 @@
 """What a student is trained to make small: its task's loss, and how far it is from its teacher.
 
 Rules of this file: pure functions of tensors, samples along the first dimension; every loss is the mean over what it
-compares, so that weights mean the same at any batch size. They compute in 32 bits inside autocast too.
+compares, so that weights mean the same at any batch size. They compute in at least 32 bits, inside autocast too.
 
 Response: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015. Hints: Romero et al., "FitNets",
 2015. Relations: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.
@@ -41,8 +41,8 @@ def response_loss(answer: torch.Tensor, wanted: torch.Tensor, temperature: float
     """
     from torch.nn import functional
 
-    soft, hard = log_probabilities(wanted, temperature), log_probabilities(answer, temperature)
-    return functional.kl_div(hard, soft, log_target=True, reduction="batchmean") * temperature**2
+    theirs, ours = log_probabilities(wanted, temperature), log_probabilities(answer, temperature)
+    return functional.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
 
 
 def hint_loss(feature: torch.Tensor, hint: torch.Tensor, projection: nn.Module) -> torch.Tensor:
@@ -51,11 +51,13 @@ def hint_loss(feature: torch.Tensor, hint: torch.Tensor, projection: nn.Module) 
     Both are [samples, channels, *positions]; the finer one is averaged down to the other's positions. `projection` maps
     channels to channels, which at every position is what a 1x1 convolution does.
     """
+    import torch
     from torch.nn import functional
 
     feature, hint = pooled_alike(feature.float(), hint.float())
-    projected = projection(feature.movedim(1, -1)).movedim(-1, 1)
-    return functional.mse_loss(projected.float(), hint)
+    with torch.autocast(feature.device.type, enabled=False):
+        projected = projection(feature.movedim(1, -1)).movedim(-1, 1)
+    return functional.mse_loss(projected, hint)
 
 
 def pooled_alike(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,22 +96,34 @@ def angle_loss(feature: torch.Tensor, hint: torch.Tensor) -> torch.Tensor:
 
     Each is [samples, ...] of at least three samples; their widths may differ.
     """
+    import torch
     from torch.nn import functional
 
-    ours, theirs = _cosines(feature), _cosines(hint)
-    count = len(feature)
-    # a triple that is none (two corners in one sample) has the same cosine, 0 or 1, on both sides and adds nothing
-    total = functional.smooth_l1_loss(ours, theirs, reduction="sum")
-    return total / (count * (count - 1) * (count - 2))
+    with torch.autocast(feature.device.type, enabled=False):
+        ours, theirs = _cosines(feature), _cosines(hint)
+    others = ~torch.eye(len(feature), dtype=torch.bool, device=feature.device)
+    triples = others[:, :, None] & others[:, None, :] & others
+    return functional.smooth_l1_loss(ours[triples], theirs[triples])
 
 
 def _cosines(feature: torch.Tensor) -> torch.Tensor:
-    """Cosines [corner, sample, sample] of the angle between two samples seen from a third, the corner."""
-    from torch.nn import functional
+    """Cosines [corner, sample, sample] of the angle between two samples seen from a third; 0 from one just like it.
 
-    flat = feature.float().flatten(1)
-    directions = functional.normalize(flat.unsqueeze(0) - flat.unsqueeze(1), dim=2)
-    return directions @ directions.transpose(1, 2)
+    They come from the products of all pairs, [samples, samples], for differences of wide features would fill the
+    memory. Centred and in 64 bits, because what is left of large products is small.
+    """
+    import torch
+
+    flat = feature.flatten(1).double()
+    flat = flat - flat.mean(dim=0)
+    products = flat @ flat.T
+    squares = products.diagonal()
+    apart = squares[:, None] + squares - 2 * products
+    alike = apart <= 1e-12 * squares.max()
+    lengths = torch.where(alike, 1.0, apart).sqrt()
+    dots = products - products[:, :, None] - products[:, None, :] + squares[:, None, None]
+    cosines = dots / (lengths[:, :, None] * lengths[:, None, :])
+    return cosines.masked_fill(alike[:, :, None] | alike[:, None, :], 0.0).float()
 
 
 def log_probabilities(answers: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -119,5 +133,5 @@ def log_probabilities(answers: torch.Tensor, temperature: float = 1.0) -> torch.
     answers = answers.float()
     sums = answers.sum(dim=1)
     if bool((answers >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
-        answers = answers.clamp_min(1e-9).log()
+        answers = answers.clamp_min(torch.finfo(answers.dtype).tiny).log()
     return torch.log_softmax(answers / temperature, dim=1)
