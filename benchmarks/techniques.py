@@ -173,7 +173,7 @@ def table(cards: Mapping[str, Card], found: Mapping[str, Speed]) -> Iterator[str
         + (" | on | size, MB | compressed, MB |")
     )
     yield "|---|---|---|" + "---|" * (len(BATCH_SIZES) + 3)
-    for name in sorted(cards, key=lambda each: (each != REFERENCE, each)):
+    for name in sorted(cards, key=lambda each: (each != REFERENCE, -_at_largest(found.get(each)), each)):
         card, speed = cards[name], found.get(name)
         ratios = [f"{speed.speed_ups[size]:.1f}×" if speed else "–" for size in BATCH_SIZES]
         sizes = [f"{count / 1e6:.2f}" if card.artefact else "–" for count in (card.size_bytes, card.compressed_bytes)]
@@ -182,20 +182,26 @@ def table(cards: Mapping[str, Card], found: Mapping[str, Speed]) -> Iterator[str
         yield f"| {' | '.join(cells)} |"
 
 
+def _at_largest(speed: Speed | None) -> float:
+    """The speed-up at the largest batch; what was not measured is slower than anything."""
+    return speed.speed_ups[BATCH_SIZES[-1]] if speed else 0.0
+
+
 def _drop(card: Card, speed: Speed | None) -> str:
     """On the runtime whose speed is shown; on any where none was measured."""
     proof = card.runtimes.get(speed.runtime if speed else "") or next(iter(card.runtimes.values()), None)
     if proof is None:
         return "–" if card.gate.verdict is Verdict.REJECTED else "not measured (random weights)"
     drop = proof.accuracy_drop
-    return f"{100 * drop.value:+.1f} [{100 * drop.low:+.1f}, {100 * drop.high:+.1f}]"
+    return f"{100 * drop.value:+.1f} [{100 * drop.low:+.1f}, {100 * drop.high:+.1f}]".replace("-", "−")
 
 
 def best(cards: Mapping[str, Card], found: Mapping[str, Speed], goal: float) -> str:
-    """The verified variant whose least speed-up over the batch sizes is the largest, against the goal."""
-    verified = [name for name in found if cards[name].gate.verdict is Verdict.PASSED and name != REFERENCE]
+    """The verified variant of benefit whose least speed-up over the batch sizes is the largest, against the goal."""
+    passed = [name for name in found if cards[name].gate.verdict is Verdict.PASSED and name != REFERENCE]
+    verified = [name for name in passed if not found[name].no_benefit]
     if not verified:
-        return f"No variant passed the gate; the goal is {goal:g}×."
+        return f"No variant passed the gate and is of benefit; the goal is {goal:g}×."
     name = max(verified, key=lambda each: min(found[each].speed_ups.values()))
     ratios = ", ".join(f"{ratio:.1f}× at b={size}" for size, ratio in found[name].speed_ups.items())
     said = "reached at every batch size" if min(found[name].speed_ups.values()) >= goal else "missed somewhere"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 
 from variants.measurements import LayerTime, Measured, Measurements, write_measurements
@@ -17,6 +18,31 @@ REASONS = {
     Verdict.INCONCLUSIVE: "about 4000 samples would suffice",
     Verdict.UNVERIFIED: "there is no evaluation data",
 }
+
+
+class Reader(HTMLParser):
+    """Reads a page as a person would: its texts, and whether every element that opens is closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(page)
+        assert self.open == []
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open and "svg" not in self.open:
+            self.text += data + " "
 
 
 def evidence(drop: float, width: float = 0.004) -> Evidence:

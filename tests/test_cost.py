@@ -159,3 +159,46 @@ def test_attention_counts_both_products() -> None:
     node = helper.make_node("Attention", ["q", "k", "v"], ["y"], q_num_heads=4, kv_num_heads=2)
     inputs = {"q": ["batch", 10, 64], "k": ["batch", 12, 32], "v": ["batch", 12, 16]}
     assert flops([node], inputs, {}) == by_hand
+
+
+@pytest.mark.parametrize("declared", [["n", 8, 32, 32], ["n", 8, "h", "w"], ["n", "c", "h", "w"], None])
+def test_what_an_exporter_says_of_an_output_does_not_shrink_the_work(declared: list[Any] | None) -> None:
+    """Names in place of an output's sizes are filled in from the inputs; only the batch counts as 1."""
+    made = graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1] * 4)], {"x": ["n", 3, 32, 32]}, {"w": (8, 3, 3, 3)}, []
+    )
+    made.output.append(helper.make_tensor_value_info("y", FLOAT, declared))
+    assert count_flops(model_of(made)) == 2 * 8 * 32 * 32 * 27
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "macs"),
+    [
+        ("bij,jk->bik", [["batch", 10, 64], [64, 32]], 10 * 64 * 32),
+        ("...ij, ...jk", [["batch", 4, 10, 64], ["batch", 4, 64, 32]], 4 * 10 * 64 * 32),
+        ("b...d,d->b...", [["batch", 5, 6, 7], [7]], 5 * 6 * 7),
+        ("i,j,k->ijk", [[3], [4], [5]], 2 * 3 * 4 * 5),
+        ("ij->ji", [[3, 4]], 0),
+    ],
+)
+def test_einsum_multiplies_once_per_combination_of_indices(equation: str, shapes: list[Any], macs: int) -> None:
+    """The product of the sizes of all indices, for each operand beyond the first."""
+    names = [f"x{number}" for number in range(len(shapes))]
+    node = helper.make_node("Einsum", names, ["y"], equation=equation)
+    assert flops([node], dict(zip(names, shapes, strict=True)), {}) == 2 * macs
+
+
+@pytest.mark.parametrize(
+    ("inputs", "macs"),
+    [
+        ({"q": ["n", 10, 64], "k": ["n", 10, 64], "v": ["n", 10, 64]}, 2 * 10 * 10 * 64),
+        ({"q": ["n", 10, 64], "k": ["n", 12, 64], "v": ["n", 12, 32]}, 10 * 12 * (64 + 32)),
+        ({"q": ["n", 10, 64], "k": ["n", 4, 12, 16], "v": ["n", 4, 12, 8]}, 10 * 12 * (64 + 32)),
+        ({"q": ["n", 10, 64], "k": ["n", 12, 4, 2, 16]}, 2 * 10 * 12 * 64),
+        ({"q": ["n", 10, 4, 3, 16]}, 2 * 10 * 10 * 64),
+    ],
+)
+def test_the_attention_of_onnx_runtime_counts_both_products(inputs: dict[str, list[Any]], macs: int) -> None:
+    """Each query meets each key and each value, in all the ways in which it takes them."""
+    node = helper.make_node("MultiHeadAttention", list(inputs), ["y"], domain="com.microsoft", num_heads=4)
+    assert flops([node], inputs, {}) == 2 * macs

@@ -14,6 +14,7 @@ from factory_fixtures import Built
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from variants.layer_names import LayerNames
 from variants.layers import Event, archive_layers, graph_layers, module_layers, self_times
 from variants.measurements import LayerTime
 from variants.quiet import without_library_noise
@@ -137,3 +138,11 @@ def test_the_middle_half_of_the_runs_counts(monkeypatch: pytest.MonkeyPatch) -> 
 
     runs = [[Event("a", "Add", 0, time)] for time in (1000, 40, 41, 0, 5000, 42, 43, 1)]
     assert layers._summary(runs) == (LayerTime("a", "Add", round((40 + 41 + 42 + 43) / 4)),)
+
+
+def test_a_name_is_found_wherever_it_stands_whole() -> None:
+    """After a longer name that begins alike, too; as a piece of one it is not found."""
+    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"], name="Conv_9")], "g", [], [])
+    names = LayerNames(graph, graph)
+    assert names.of("Conv_93_Conv_9", "FusedConv") == "Conv_9"
+    assert names.of("Conv_93", "FusedConv") == "Conv_93"

@@ -34,12 +34,13 @@ MAIN = """(() => {
   const frame = svg.getBoundingClientRect();
   return { left: frame.left, right: frame.right, labels: boxes('text.label:not(.sub)'), marks: boxes('.mark, .cut') };
 })()"""
-COLOURS = """[...document.querySelectorAll('p, small, td, th, dt, dd, summary, .note, .badge, .tile strong')]
+COLOURS = """[...document.querySelectorAll('p, small, td, th, dt, dd, summary, .note, .badge, .tile strong, svg text')]
   .filter(element => element.checkVisibility())
   .map(element => {
     let behind = element;
     while (getComputedStyle(behind).backgroundColor == 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
-    return [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor, element.outerHTML.slice(0, 80)];
+    const style = getComputedStyle(element), colour = element.closest('svg') ? style.fill : style.color;
+    return [colour, getComputedStyle(behind).backgroundColor, element.outerHTML.slice(0, 80)];
   })"""
 
 
@@ -129,7 +130,8 @@ def test_text_stands_out_in_light_and_dark(chromium: Browser, page: Path, scheme
     chromium.open(page, 1280, scheme)
     chromium.evaluate(UNFOLD)
     colours = chromium.evaluate(COLOURS)
-    assert len(colours) > 100
+    assert sum(what.startswith("<text") for _, _, what in colours) > 100
+    assert len(colours) > 300
     for text, background, what in colours:
         assert (luminance(background) > 0.5) == (scheme == "light"), what
         brighter, darker = sorted((luminance(text), luminance(background)), reverse=True)

@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
-from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from factory_fixtures import Built
-from report_fixtures import FINDINGS, HOSTILE, add_model, add_rich, card, measured
+from report_fixtures import HOSTILE, Reader, add_model, add_rich, card, evidence, measured
 
 from server.cli import main
-from variants.auto import Attempt, Record, write_record
-from variants.report import pareto
-from variants.report.facts import ModelFacts, Unreadable, fallen, gather
-from variants.report.findings import findings
+from variants.attempts import Attempt, End, Record, write_record
+from variants.report import curves, pareto
+from variants.report.facts import ModelFacts, Unreadable, gather
 from variants.report.page import render
 from variants.repository import ModelFolder, open_path
-from variants.variant import Verdict
+from variants.variant import Interval, Verdict
 
 NOW = datetime(2025, 1, 2, 3, 4, tzinfo=UTC)
-
-
-class Reader(HTMLParser):
-    """Reads a page as a person would: its texts, and whether every element that opens is closed."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-        self.feed(page)
-        assert self.open == []
-        self.text = " ".join(self.text.split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in ("meta", "link"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open and "svg" not in self.open:
-            self.text += data + " "
 
 
 def read(path: Path) -> Reader:
@@ -79,7 +54,7 @@ def test_a_really_built_repository_becomes_one_page(built_digits: Built, tmp_pat
     assert {variant.name for variant in model.variants} >= {"fp32", "int8-dynamic", "int8-static", "pruned"}
     for variant in model.variants:
         assert f"{variant.name} " in seen.text
-        assert " ".join(variant.card.gate.reason.split()) in seen.text
+        assert " ".join(variant.card.gate.reason.split()) in seen.text.replace("−", "-")
     assert "top-1 accuracy on 697 held-out samples" in seen.text
     for picture in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
         ElementTree.fromstring(picture)  # noqa: S314 - our own
@@ -132,9 +107,7 @@ def test_latency_is_drawn_where_nothing_is_proven(tmp_path: Path) -> None:
 def test_a_variant_that_was_never_made_is_explained(rich: Path) -> None:
     """It stands in the verdicts and among the fallen with its reason, and in no picture of size."""
     model = facts(rich)
-    assert ("int8-qat", "rejected: the recipe crashed: ValueError: no such layer") in [
-        (v.name, s) for v, s in fallen(model)
-    ]
+    assert model.fallen["int8-qat"] == "rejected: the recipe crashed: ValueError: no such layer"
     page = render([model], NOW)
     sizes = re.findall(r'aria-label="(Size on disk[^"]*)"', page)
     assert len(sizes) == 1
@@ -143,20 +116,94 @@ def test_a_variant_that_was_never_made_is_explained(rich: Path) -> None:
 
 
 def test_the_front_is_made_of_what_no_verified_variant_beats(rich: Path) -> None:
-    """Rejected and inconclusive variants are not on it, however fast; neither is what is slower and no better."""
+    """Rejected and inconclusive variants are not on it, however fast; neither is what is slower and no better.
+
+    fp32, whose drop is none, is.
+    """
     model = facts(rich)
-    assert [variant.name for variant in model.front(1)] == ["pruned-75", "int8-static", "int8-mixed"]
+    front = ["pruned-75", "int8-static", "int8-mixed", "fp32"]
+    assert [variant.name for variant in model.front(1)] == front
     drawn = pareto.points_of(model, 1)
-    assert [point.variant.name for point in drawn if point.on_front] == ["pruned-75", "int8-static", "int8-mixed"]
+    assert [point.variant.name for point in drawn if point.on_front] == front
     assert len(drawn) == 10
 
 
 def test_dominated_variants_and_those_without_benefit_are_named(rich: Path) -> None:
     """A variant that passed may still be pointless, and the page says which other one makes it so."""
-    reasons = {variant.name: reason for variant, reason in fallen(facts(rich))}
-    assert reasons["amp"].startswith("no benefit")
-    assert reasons["int8-dynamic"] == "dominated: int8-mixed is at least as accurate, and faster at every batch size"
+    reasons = facts(rich).fallen
+    assert reasons["amp"].startswith(
+        "passed, but of no benefit here: nowhere faster than fp32 on onnxruntime (0.98x at"
+    )
+    assert reasons["int8-dynamic"] == "passed, but int8-mixed is no slower and proven as accurate"
     assert set(reasons) == {"amp", "int8-dynamic", "pruned", "pruned-90", "pruned-99", "distilled", "int8-qat"}
+
+
+def test_the_front_is_that_of_the_proven_bound(tmp_path: Path) -> None:
+    """What measured better and is proven less beats nobody, and what is slower by noise alone is beaten."""
+    cards = [card("fp32"), card("sure", 0.002), card("late", 0.003), card("vague", 0.001)]
+    wide = replace(cards[3].runtimes["onnxruntime"], accuracy_drop=Interval(0.001, -0.015, 0.017))
+    cards[3] = replace(cards[3], runtimes={"onnxruntime": wide})
+    speeds = {"fp32": measured(800), "sure": measured(204), "late": measured(200), "vague": measured(150)}
+    model = facts(add_model(tmp_path, "bounds", cards, speeds))
+    assert [variant.name for variant in model.front(1)] == ["vague", "sure", "fp32"]
+    assert model.fallen == {"late": "passed, but sure is no slower and proven as accurate"}
+
+
+def test_what_passed_and_runs_fast_nowhere_or_in_vain_is_no_figure_to_remember(tmp_path: Path) -> None:
+    """It is listed under what fell; tiles speak of those that pay."""
+    cards = [card("fp32"), card("amp", size=9_000), card("homeless", size=1_000), card("int8-static", size=250_000)]
+    speeds = {"fp32": measured(800), "amp": measured(900), "int8-static": measured(200)}
+    folder = add_model(tmp_path, "vain", cards, speeds)
+    seen = read(folder)
+    assert "homeless passed, but no runtime that it passed on is fast here" in seen.text
+    assert "3 of 3 variants passed the gate" in seen.text
+    assert "4.00× smaller, the smallest verified int8-static: 250 kB" in seen.text
+    slow = {"fp32": measured(800), "amp": measured(900), "int8-static": measured(810)}
+    assert "the fastest verified" not in read(add_model(tmp_path, "slow", cards, slow)).text
+    assert "1,000× smaller, the smallest verified homeless" in read(add_model(tmp_path, "unknown", cards)).text
+
+
+def test_drops_are_counted_from_fp32_on_onnx_runtime(tmp_path: Path) -> None:
+    """fp32 may be faster elsewhere, where it answers differently: the others' scores do not sink with it."""
+    fp32, other = card("fp32"), evidence(0.01)
+    fp32 = replace(fp32, runtimes={**fp32.runtimes, "openvino": other})
+    speeds = {"fp32": measured(900) | measured(300, runtime="openvino"), "int8-static": measured(200)}
+    model = facts(add_model(tmp_path, "two", [fp32, card("int8-static", 0.005)], speeds))
+    reference, variant = model.variants
+    assert reference.runtime == "openvino"
+    found = [each.accuracy(reference) for each in (reference, variant)]
+    assert [each.value for each in found if each] == pytest.approx([0.96, 0.965])
+    assert "97.00% fp32's top-1 accuracy" in read(tmp_path / "two").text
+
+
+def test_peak_memory_is_compared_on_one_runtime_and_names_it(tmp_path: Path) -> None:
+    """On ONNX Runtime where it was measured there, although another is faster."""
+    both = {"onnxruntime": evidence(0.0), "openvino": evidence(0.0)}
+    cards = [card("fp32"), *(replace(card(name), runtimes=both) for name in ("a", "b"))]
+    elsewhere = measured(300, runtime="openvino")
+    speeds = {"fp32": measured(900), "a": measured(500) | elsewhere, "b": elsewhere}
+    page = render([gather(ModelFolder(add_model(tmp_path, "memory", cards, speeds)))], NOW)
+    said = "Peak memory: fp32 90.0 MB · onnxruntime; a 50.0 MB · onnxruntime; b 30.0 MB · openvino"
+    assert f'aria-label="{said}"' in page
+
+
+def test_many_variants_are_drawn_without_covering_each_other(tmp_path: Path) -> None:
+    """The names at the ends of thirty lines all have room, and a crowd of marks is named in part, which is said."""
+    cards = [card("fp32"), *(card(f"variant-{number}", 0.001 * (number % 7)) for number in range(30))]
+    speeds = {each.variant: measured(800 - 20 * number) for number, each in enumerate(cards)}
+    model = facts(add_model(tmp_path, "many", cards, speeds))
+    lines = [curves.Curve(v.name, v.hue, sorted(v.latencies.items())) for v in model.variants]
+    picture = ElementTree.fromstring(curves.latencies(lines, 540, 360))  # noqa: S314 - our own
+    heights = sorted(float(text.attrib["y"]) for text in picture.iter("text") if text.get("class") == "label")
+    assert len(heights) == 31
+    assert min(b - a for a, b in pairwise(heights)) >= 14
+    assert heights[-1] <= float(picture.attrib["height"])
+    points = pareto.points_of(model, 1)
+    named = pareto.named_points(points, 1080)
+    assert {point.variant.name for point in points if point.on_front} | {"fp32"} <= {p.variant.name for p in named}
+    assert len(named) == 10 + len([p for p in points if p.on_front or p.variant.name == "fp32"]) < len(points)
+    assert len(pareto.named_points(points, 350)) < len(named)
+    assert "only some marks off the front are named" in read(tmp_path / "many").text
 
 
 def test_whiskers_are_the_paired_interval_that_the_gate_judges(rich: Path) -> None:
@@ -225,18 +272,66 @@ def test_what_auto_tried_is_told_candidate_by_candidate(rich: Path) -> None:
     """Kept, fallen and never tried, each with its reason, though only what was kept lies in the repository."""
     fell = card("int8-mixed", 0.1, Verdict.REJECTED)
     attempts = (
-        Attempt({"name": "amp"}, kept=True, reason="on the Pareto front", card=card("amp"), seconds=12.3),
-        Attempt({"name": "int8-mixed"}, kept=False, reason=f"rejected: {HOSTILE}", card=fell, seconds=4.0),
-        Attempt({"name": "distilled"}, kept=False, reason="the budget was used up"),
+        Attempt({"name": "amp"}, End.KEPT, "on the Pareto front", card("amp"), seconds=12.3),
+        Attempt({"name": "int8-mixed"}, End.FELL, f"rejected: {HOSTILE}", fell, seconds=4.0),
+        Attempt({"name": "int8-static"}, End.CRASHED, "the recipe crashed: ValueError: boom"),
+        Attempt({"name": "pruned"}, End.NOT_TRIED, "there is no training data"),
+        Attempt({"name": "distilled"}, End.OUT_OF_BUDGET, "the budget was used up"),
     )
-    write_record(rich / "1", Record("host", budget_minutes=30.0, complete=False, attempts=attempts))
+    write_record(rich / "1", Record("host", budget_minutes=30.0, complete=True, attempts=attempts))
     seen = read(rich)
     assert "What variants: auto tried within 30 minutes, in this order; the budget ended it." in seen.text
     assert "amp kept ✓ passed 12.3 s on the Pareto front" in seen.text
     assert f"int8-mixed not kept ✕ rejected 4.00 s rejected: {HOSTILE}" in seen.text
-    assert "distilled not tried – – the budget was used up" in seen.text
-    (rich / "1/auto.json").write_text("[]")
-    assert "Not shown, because it cannot be read" in read(rich).text
+    assert "int8-static crashed – – the recipe crashed: ValueError: boom" in seen.text
+    assert "pruned not tried – – there is no training data" in seen.text
+    assert "distilled out of budget – – the budget was used up" in seen.text
+    write_record(rich / "1", Record("host", budget_minutes=30.0, complete=False, attempts=attempts[:2]))
+    assert "it was interrupted, and the next build goes on" in read(rich).text
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("profile", "latencies_ns"), [10**400] * 3),
+        (("profile", "batch_sizes"), [1, 8, 10**400]),
+        (("peak_memory_bytes",), 10**400),
+        (("peak_memory_bytes",), -1),
+        (("layers",), [{"name": "a", "operator": "b", "time_ns": 10**400}]),
+        (("layers",), [{"name": "a", "operator": "b", "time_ns": -1}]),
+    ],
+)
+def test_measurements_beyond_all_bounds_are_damage(path: tuple[str, ...], value: object, rich: Path) -> None:
+    """A number that nothing could have measured costs the speeds, never the page."""
+    file = rich / "1/measurements.json"
+    found = json.loads(file.read_text())
+    place = found["variants"]["int8-static"]["onnxruntime"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file.write_text(json.dumps(found))
+    seen = read(rich)
+    assert "Not shown, because it cannot be read" in seen.text
+    assert "int8-static" in seen.text
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"host":"h","budget_minutes":1,"complete":true,"attempts":[{"entry":{}}]}']
+)
+def test_a_damaged_record_is_said_and_the_rest_stays(content: str, rich: Path) -> None:
+    """An entry without a name, too."""
+    (rich / "1/auto.json").write_text(content)
+    seen = read(rich)
+    assert "Not shown, because it cannot be read" in seen.text
+    assert "Accuracy against latency" in seen.text
+
+
+def test_a_folder_in_a_files_place_is_said(rich: Path) -> None:
+    """Neither measurements nor record stop the page."""
+    (rich / "1/measurements.json").unlink()
+    for name in ("measurements.json", "auto.json"):
+        (rich / "1" / name).mkdir()
+    assert read(rich).text.count("Is a directory") == 2
 
 
 def test_every_model_has_a_part_and_a_broken_one_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,68 +386,6 @@ def test_a_model_that_is_not_built_says_so(tmp_path: Path) -> None:
     assert gather(ModelFolder(tmp_path / "new")) == Unreadable(
         "new", "nothing is built yet; run `gearshift build` first"
     )
-
-
-@pytest.mark.parametrize("name", FINDINGS)
-def test_a_known_finding_is_drawn_and_an_unknown_one_tabulated(name: str) -> None:
-    """Every recipe's finding appears under a heading with the figures it holds."""
-    (drawn,) = findings(card("x", findings={name: FINDINGS[name]}), 0.02)
-    seen = Reader(drawn)
-    assert seen.tags.count("h4") == 1
-    assert ("svg" in seen.tags) == (name != "novelty")
-
-
-ODD: list[object] = [
-    None, True, 3, -1.5, "text", [], {}, [1, "a"], [{}], [{"a": 1}, {"b": [2, {"c": 3}]}], {"a": {"b": {"c": {}}}},
-    [{"layer": "l", "damage": None}], [{"layer": "l", "damage": "inf"}], [{"method": "m", "damage": 1e308}],
-    [{"kept": 1, "drop": 1e-320, "passes": 1}], [{"sparsity": True, "drop": 0.1}], [[1, 2], [3]], list(range(99)),
-    [{"tensor": "t", "low": 1e308, "high": -1e308, "error": "?"}], [{"tensor": None}], {"a": 0.5, "b": "x"}, [1.0],
-    [{"loss": 0}, {"loss": 0}],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FINDINGS)
-def test_a_finding_of_any_other_form_is_shown_as_it_is(name: str) -> None:
-    """The form is the recipes' to choose: none of them stops the page, and none is left out."""
-    for value in ODD:
-        (drawn,) = findings(card("x", findings={name: value}), 0.02)
-        assert Reader(drawn).tags.count("h4") == 1
-        assert "nan" not in drawn.lower().replace("nano", "")
-
-
-def test_a_layer_that_left_no_finite_answers_leads_the_scan() -> None:
-    """It has no figure, and is the most sensitive of all."""
-    scan = [{"layer": "first", "damage": 0.5}, {"layer": "second", "damage": None}]
-    (drawn,) = findings(card("x", findings={"sensitivity": scan}), 0.02)
-    assert 'aria-label="damage by layer: second no finite answers; first 0.500"' in drawn
-
-
-def test_a_calibration_that_had_nothing_to_try_on_is_a_table() -> None:
-    """A method without figures has no bar, and is said all the same."""
-    tried = [{"method": "minmax", "damage": None, "passes": None, "chosen": True}]
-    (drawn,) = findings(card("x", findings={"calibration": tried}), 0.02)
-    assert "minmax – – yes" in Reader(drawn).text
-    assert "svg" not in Reader(drawn).tags
-
-
-def test_figures_of_a_search_begin_with_its_knob() -> None:
-    """Cards keep their keys by the alphabet; a row is still named by what was tried."""
-    rows = [{"drop": 0.01, "kept": 3, "passes": True, "chosen": True}]
-    (drawn,) = findings(card("x", findings={"mixed": rows}), 0.02)
-    assert "kept drop passes chosen 3 0.01 yes yes" in Reader(drawn).text
-
-
-def test_long_findings_are_folded() -> None:
-    """Seventy input ranges do not bury the rest."""
-    (drawn,) = findings(card("x", findings={"input_ranges": {f"layer {n}": [0, n] for n in range(70)}}), 0.02)
-    assert "details" in Reader(drawn).tags
-    assert "layer 69 0, 69" in Reader(drawn).text
-
-
-def test_the_table_of_tensors_has_every_figure() -> None:
-    """Scales of channels as their span, zero points, ranges and errors, the largest error first."""
-    (drawn,) = findings(card("x", findings={"tensors": FINDINGS["tensors"]}), 0.02)
-    assert "w weight 0.001 to 0.02 0 −1 1 0.1 x activation 0.02 12 0 5.1 –" in Reader(drawn).text
 
 
 def test_evidence_by_runtime_has_the_fields_measures(rich: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 from report_fixtures import card, evidence
 from rich.console import Console
 
+from benchmarks import techniques
 from variants.measurements import EAGER, Measured, Measurements
 from variants.model_config import GateConfig
-from variants.summary import Speed, sentences, speeds, table
+from variants.summary import Speed, not_worth_keeping, proven_drop, sentences, speeds, table
 from variants.variant import REFERENCE, Card, LatencyProfile, Verdict
 
 GATE = GateConfig(max_accuracy_drop=0.02, min_agreement=0.95)
@@ -89,7 +90,7 @@ def test_benefit_is_over_fp32_as_it_is_served() -> None:
     cards = {"fp32": with_runtimes("fp32", onnxruntime=0, openvino=0), "v": card("v")}
     found = speeds(measured(fp32=fp32, v={"onnxruntime": latencies(50, 200, 600)}), cards)
     assert found["v"] == Speed("onnxruntime", {1: 2.0, 8: 2.0, 32: 2.0}, no_benefit=True)
-    assert "v is of no benefit on this host: nowhere faster than fp32 on openvino (0.40x at batch 1, " in " ".join(
+    assert "v passed, but of no benefit here: nowhere faster than fp32 on openvino (0.40x at batch 1, " in " ".join(
         sentences(cards, found)
     )
 
@@ -119,7 +120,7 @@ CARDS = {
 FOUND = {
     "fp32": Speed("onnxruntime", {1: 1.0, 32: 1.0}),
     "fast": Speed("openvino", {1: 3.0, 32: 4.0}),
-    "mixed": Speed("onnxruntime", {1: 0.5, 32: 2.0}),
+    "mixed": Speed("onnxruntime", {1: 0.5, 32: 5.0}),
     "slow": Speed("onnxruntime", {1: 0.25, 32: 0.9}, no_benefit=True),
 }
 
@@ -142,11 +143,89 @@ def test_the_table_says_what_pays() -> None:
 
 def test_sentences_tell_what_did_not_pay_and_what_it_cost() -> None:
     """Only what harms is told: no benefit, slower at some batch size, and a proven loss of accuracy."""
-    ratios, so = "0.25x at batch 1, 0.90x at batch 32", "so a server here gives it no traffic"
+    ratios = "0.25x at batch 1, 0.90x at batch 32"
     assert sentences(CARDS, FOUND) == [
+        f"slow passed, but of no benefit here: nowhere faster than fp32 on onnxruntime ({ratios}).",
         "mixed is at some batch sizes slower than fp32 on onnxruntime (0.50x at batch 1).",
-        f"slow is of no benefit on this host: nowhere faster than fp32 on onnxruntime ({ratios}), {so}.",
         "lost is measurably less accurate than fp32: it loses 30.00% on onnxruntime.",
         "mixed is measurably less accurate than fp32: it loses 0.80% on onnxruntime.",
     ]
     assert sentences(CARDS, {}) == sentences(CARDS, FOUND)[2:], "nothing was measured: nothing is said of speed"
+
+
+def proven(name: str, drop: float, verdict: Verdict = Verdict.PASSED, **elsewhere: float) -> Card:
+    """A card whose drop is proven to be at most `drop` on ONNX Runtime, and at most others on other runtimes."""
+    drops = {"onnxruntime": drop, **elsewhere}
+    return replace(card(name, 0.0, verdict), runtimes={on: evidence(at, 0.0) for on, at in drops.items()})
+
+
+def test_what_is_worth_keeping_is_the_pareto_front() -> None:
+    """A variant falls where another is proven as accurate and no slower at any batch size; a failed one says why."""
+    given = {
+        "fp32": proven("fp32", 0.0),
+        "fast": proven("fast", 0.01),
+        "worse": proven("worse", 0.02),
+        "fastest": proven("fastest", 0.02),
+        "slow": proven("slow", 0.005),
+        "bad": proven("bad", 0.5, Verdict.REJECTED),
+        "homeless": proven("homeless", 0.001),
+    }
+    found = {
+        "fp32": Speed("onnxruntime", {1: 1.0, 32: 1.0}),
+        "fast": Speed("onnxruntime", {1: 3.0, 32: 3.0}),
+        "worse": Speed("onnxruntime", {1: 2.0, 32: 3.08}),
+        "fastest": Speed("onnxruntime", {1: 2.0, 32: 9.0}),
+        "slow": Speed("onnxruntime", {1: 0.5, 32: 1.01}, no_benefit=True),
+        "bad": Speed("onnxruntime", {1: 9.0, 32: 9.0}),
+    }
+    assert not_worth_keeping(given, found) == {
+        "worse": "passed, but fast is no slower and proven as accurate",
+        "slow": "passed, but of no benefit here: nowhere faster than fp32 on onnxruntime "
+        "(0.50x at batch 1, 1.01x at batch 32)",
+        "bad": "rejected: it loses too much",
+        "homeless": "passed, but no runtime that it passed on is fast here",
+    }
+
+
+def test_the_bound_decides_not_the_value() -> None:
+    """One that measured better but is proven less does not push out the other."""
+    wide = replace(card("wide"), runtimes={"onnxruntime": evidence(0.0, width=0.02)})
+    narrow = replace(card("narrow"), runtimes={"onnxruntime": evidence(0.001, width=0.004)})
+    found = {name: Speed("onnxruntime", {1: speed}) for name, speed in (("fp32", 1.0), ("wide", 4.0), ("narrow", 3.0))}
+    assert not_worth_keeping({"fp32": FP32, "wide": wide, "narrow": narrow}, found) == {}
+    assert proven_drop(wide, "onnxruntime") > proven_drop(narrow, "onnxruntime")
+
+
+def test_drop_and_speed_are_one_runtimes() -> None:
+    """A variant that is fast where it is worse does not push out one that is better there."""
+    given = {name: proven(name, drop) for name, drop in (("fp32", 0.0), ("honest", 0.005))}
+    given["two-faced"] = proven("two-faced", 0.001, openvino=0.02)
+    found = {
+        "fp32": Speed("onnxruntime", {1: 1.0}),
+        "two-faced": Speed("openvino", {1: 4.0}),
+        "honest": Speed("onnxruntime", {1: 4.0}),
+    }
+    assert set(not_worth_keeping(given, found)) == {"two-faced"}
+
+
+def test_without_a_speed_of_fp32_only_verdicts_are_reasons() -> None:
+    """A rejection keeps its own reason, and what passed has nothing against it."""
+    given = {"fp32": FP32, "bad": card("bad", 0.5, Verdict.REJECTED), "good": card("good")}
+    assert not_worth_keeping(given, {}) == {"bad": "rejected: it loses too much"}
+
+
+def test_the_benchmarks_table_is_ordered_by_speed_and_its_best_is_of_benefit() -> None:
+    """At the largest batch; what gains nothing over fp32 as it is served is no technique to name."""
+    given = {name: card(name) for name in ("fp32", "a-slow", "b-fast", "unmeasured")}
+    found = {
+        "fp32": Speed("openvino", {1: 6.0, 8: 6.0, 32: 6.0}),
+        "a-slow": Speed("onnxruntime", {1: 4.5, 8: 4.5, 32: 1.1}, no_benefit=True),
+        "b-fast": Speed("onnxruntime", {1: 2.0, 8: 3.0, 32: 7.0}),
+    }
+    rows = [row.split()[1] for row in list(techniques.table(given, found))[2:]]
+    assert rows == ["fp32", "b-fast", "a-slow", "unmeasured"]
+    assert "−0.4" in "".join(techniques.table(given, found))
+    assert techniques.best(given, found, 4.0).startswith("Best verified: b-fast, ")
+    assert techniques.best(given, {"a-slow": found["a-slow"]}, 4.0).startswith(
+        "No variant passed the gate and is of benefit"
+    )

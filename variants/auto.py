@@ -1,36 +1,26 @@
-"""`variants: auto`: which techniques are worth trying on a model, and which of those that passed are worth keeping.
+"""`variants: auto`: which techniques are worth trying on a model, and in which order.
 
 Rules of this file: cheap recipes come first, so that a small budget still gives something; a technique that is not
-tried, and one that falls, has a reason; what is kept is the Pareto front of proven accuracy and measured latency, fp32
-always on it. All of it is written down, so that nothing is tried twice.
+tried has a reason, and the reason is true: what was never tried has not failed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from variants.durable import write_durably
+from variants.attempts import Attempt, End
 from variants.hardware import Hardware, possible_precision
-from variants.model_config import RepositoryError, VariantConfig, one_line
-from variants.summary import Speed
-from variants.variant import REFERENCE, Card, Verdict
+from variants.model_config import VariantConfig
+from variants.variant import REFERENCE, Verdict
 
-FILE = "auto.json"
 DEFAULT_BUDGET_MINUTES = 30.0
 OUT_OF_BUDGET = "the budget was used up"
 
 _PRODUCTS = {"MatMul", "Gemm"}
 _RECURRENT = {"LSTM", "GRU"}
 _NORMS = {"LayerNormalization", "Softmax", "Attention", "SimplifiedLayerNormalization"}
-_NOISE = 1.03
-"""A speed within 3 % of another is not slower: that much a busy host does to a measurement."""
-
-SpeedUps = Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +29,19 @@ class Facts:
 
     operators: Set[str]
     has_module: bool
+    has_evaluation: bool
     has_training: bool
     has_calibration: bool
     hardware: Hardware
 
 
-Done = Mapping[str, Card]
+Done = Mapping[str, Attempt]
 Obstacle = Callable[[Facts, Done], str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A variant to try, and what would make that pointless, given the cards of those tried before."""
+    """A variant to try, and what would make that pointless, given the attempts before it."""
 
     variant: VariantConfig
     obstacle: Obstacle
@@ -61,7 +52,7 @@ def candidates(facts: Facts) -> list[Candidate]:
     int8 = _best_int8(facts)
     pruned = {"recipe": "prune-channels", "sparsity": "auto"}
     distilled = {"recipe": "distilled"}
-    return [
+    plans = [
         Candidate(_variant(REFERENCE), lambda _facts, _done: None),
         Candidate(_variant("amp"), _no_half_precision),
         Candidate(_variant("int8-dynamic"), _nothing_dynamic),
@@ -71,8 +62,11 @@ def candidates(facts: Facts) -> list[Candidate]:
         Candidate(_variant(f"pruned-{int8}", pruned, int8), _needs("pruned", int8)),
         Candidate(_variant("distilled", distilled), _cannot_train),
         Candidate(_variant(f"distilled-{int8}", distilled, int8), _needs("distilled", int8)),
-        Candidate(_variant("int8-qat"), _nothing_to_repair),
+        Candidate(_variant("int8-qat"), _nothing_to_train_away),
     ]
+    if facts.has_evaluation:
+        return plans
+    return [plans[0], *(replace(each, obstacle=_nothing_to_prove) for each in plans[1:])]
 
 
 def _variant(name: str, *steps: Any) -> VariantConfig:
@@ -80,8 +74,16 @@ def _variant(name: str, *steps: Any) -> VariantConfig:
 
 
 def _best_int8(facts: Facts) -> str:
-    """The int8 that pays after a network was made smaller: recurrent layers and attention only have the dynamic one."""
-    return "int8-dynamic" if facts.operators & (_RECURRENT | _NORMS) else "int8-static"
+    """The int8 that pays after a network was made smaller.
+
+    Convolutions only have the static one, recurrent layers and attention only the dynamic one; convolutions weigh more.
+    """
+    is_dynamic = "Conv" not in facts.operators and facts.operators & (_RECURRENT | _NORMS)
+    return "int8-dynamic" if is_dynamic else "int8-static"
+
+
+def _nothing_to_prove(_facts: Facts, _done: Done) -> str | None:
+    return "without evaluation data nothing can be proven, so nothing could be kept; add `evaluation:` to model.yaml"
 
 
 def _no_half_precision(facts: Facts, _: Done) -> str | None:
@@ -101,11 +103,23 @@ def _nothing_static(facts: Facts, _: Done) -> str | None:
 
 
 def _no_partial_damage(facts: Facts, done: Done) -> str | None:
-    if reason := _nothing_static(facts, done):
-        return reason
-    if _passed("int8-static", done):
+    return _nothing_static(facts, done) or _nothing_to_repair(done)
+
+
+def _nothing_to_repair(done: Done) -> str | None:
+    """Only accuracy that int8 lost can be won back; more samples would decide what is inconclusive."""
+    static = done.get("int8-static")
+    if static is None or static.card is None or static.end not in (End.KEPT, End.FELL):
+        return f"int8-static {_unfinished(static)}, so it is not known what int8 would lose"
+    if static.passed:
         return "int8-static passed with every layer in int8"
-    return None
+    if static.card.gate.verdict is not Verdict.REJECTED:
+        return "int8-static is not rejected but inconclusive: more evaluation samples would decide"
+    return None if static.card.runtimes else "int8-static could not be made, so there is no accuracy to win back"
+
+
+def _unfinished(attempt: Attempt | None) -> str:
+    return "crashed" if attempt and attempt.end is End.CRASHED else "was not tried"
 
 
 def _cannot_train(facts: Facts, _: Done) -> str | None:
@@ -114,106 +128,20 @@ def _cannot_train(facts: Facts, _: Done) -> str | None:
     return None if facts.has_training else "there is no training data; add `training:` to model.yaml"
 
 
-def _nothing_to_repair(facts: Facts, done: Done) -> str | None:
-    if _passed("int8-static", done):
-        return "int8-static passed: there is no damage to train away"
-    return _nothing_static(facts, done) or _cannot_train(facts, done)
+def _nothing_to_train_away(facts: Facts, done: Done) -> str | None:
+    return _nothing_static(facts, done) or _cannot_train(facts, done) or _nothing_to_repair(done)
 
 
 def _needs(*names: str) -> Obstacle:
     """A combination is worth trying where each of its parts passed by itself."""
 
     def obstacle(_: Facts, done: Done) -> str | None:
-        missing = next((name for name in names if not _passed(name, done)), None)
-        return f"{missing} did not pass by itself" if missing else None
+        for name in names:
+            part = done.get(name)
+            if part is None or part.end not in (End.KEPT, End.FELL):
+                return f"{name} {_unfinished(part)} by itself"
+            if not part.passed:
+                return f"{name} did not pass by itself"
+        return None
 
     return obstacle
-
-
-def _passed(name: str, done: Done) -> bool:
-    return name in done and done[name].gate.verdict is Verdict.PASSED
-
-
-def fallen(cards: Done, speeds: Mapping[str, Speed]) -> dict[str, str]:
-    """Why each variant is not worth keeping; those on the Pareto front are not mentioned.
-
-    A variant is dominated by one whose proven drop is no larger and that is no slower at any measured batch size.
-    Drop and speed are those of one runtime: the one that each variant is fastest on here.
-    """
-    reasons = {}
-    for name, card in cards.items():
-        if name == REFERENCE:
-            continue
-        if card.gate.verdict is not Verdict.PASSED:
-            reasons[name] = f"{card.gate.verdict}: {card.gate.reason}"
-        elif name not in speeds:
-            reasons[name] = "passed, but no runtime here can run it fast"
-    standing = {name: card for name, card in cards.items() if name not in reasons}
-    if REFERENCE not in speeds:
-        return {name: "fp32 could not be measured beside it" for name in cards if name != REFERENCE}
-    drops = {name: _drop(card, speeds[name].runtime) for name, card in standing.items()}
-    order = sorted(standing, key=lambda name: (drops[name], name != REFERENCE, -max(speeds[name].speed_ups.values())))
-    front: list[str] = []
-    for name in order:
-        better = next((other for other in front if _no_slower(speeds[other].speed_ups, speeds[name].speed_ups)), None)
-        if better is None or name == REFERENCE:
-            front.append(name)
-        else:
-            faults = "no faster than fp32" if better == REFERENCE else f"{better} is no slower and proven as accurate"
-            reasons[name] = f"passed, but {faults}"
-    return reasons
-
-
-def _drop(card: Card, runtime: str) -> float:
-    """The upper bound of the drop that was proven on a runtime; the reference has none."""
-    return 0.0 if card.variant == REFERENCE else card.runtimes[runtime].accuracy_drop.high
-
-
-def _no_slower(one: SpeedUps, other: SpeedUps) -> bool:
-    return all(one[batch] * _NOISE >= ratio for batch, ratio in other.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One line of the record: a candidate, as `model.yaml` would have it, and its end. Not tried: no card."""
-
-    entry: Mapping[str, Any]
-    kept: bool
-    reason: str
-    card: Card | None = None
-    crashed: bool = False
-    fingerprint: str = ""
-    seconds: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """The variant's name."""
-        return str(self.entry["name"])
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What `auto` did on a version and a host (`Hardware.fingerprint`); `complete` unless the budget ended it."""
-
-    host: str
-    budget_minutes: float
-    complete: bool
-    attempts: tuple[Attempt, ...]
-
-
-_RECORD = TypeAdapter(Record)
-
-
-def read_record(version: Path) -> Record | None:
-    """What `auto` last did, None if it never ran. Raises RepositoryError."""
-    try:
-        return _RECORD.validate_json((version / FILE).read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise RepositoryError(one_line(error, str(version / FILE))) from error
-
-
-def write_record(version: Path, record: Record) -> None:
-    """Replace the record."""
-    write_durably(version / FILE, _RECORD.dump_json(record, indent=1))

@@ -1,8 +1,9 @@
 """`gearshift build`: recipe -> evaluate -> gate -> card, for every variant of a model.
 
 Rules of this file: one variant's failure never stops the others; a variant appears whole or not at all; what is
-unchanged is left alone. `variants: auto` goes the same way with a plan of its own (see `auto.py`). Exit codes are the
-contract's: 0 built or honestly rejected, 1 a recipe crashed, 2 a bad repository or configuration, 130 interrupted.
+unchanged is left alone. `variants: auto` goes the same way with a plan of its own (see `auto.py`), and takes nothing
+away before it knows better. Exit codes are the contract's: 0 built or honestly rejected, 1 a recipe crashed, 2 a bad
+repository or configuration, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from variants import auto
-from variants.auto import Attempt, Candidate, Record
+from variants import attempts
+from variants.attempts import Attempt, End, Record
+from variants.auto import OUT_OF_BUDGET, Candidate, candidates
 from variants.factory import Factory, Options, in_a_line, open_factory
 from variants.hardware import Hardware, detect_hardware
 from variants.model_config import RepositoryError, VariantConfig, nearest
@@ -25,7 +27,8 @@ from variants.plan import Planned, is_current, plan, tool_versions
 from variants.progress import Reporter
 from variants.repository import ModelFolder, VersionFolder, file_sha256, open_path
 from variants.source import importable
-from variants.variant import REFERENCE, Card
+from variants.summary import not_worth_keeping
+from variants.variant import REFERENCE, Verdict
 
 
 def build(
@@ -87,7 +90,7 @@ def _build_model(model: ModelFolder, only: list[str] | None, options: Options, r
     for wanted in only or ():
         if wanted not in names:
             raise RepositoryError(f"{model.path}: no variant {wanted!r} is configured; {nearest(wanted, names)}")
-    (version.path / auto.FILE).unlink(missing_ok=True)  # what an earlier `variants: auto` did is history
+    (version.path / attempts.FILE).unlink(missing_ok=True)  # what an earlier `variants: auto` did is history
     _remove_others(version, names, reporter)
     chosen = [variant for variant in planned if only is None or variant.name in (*only, REFERENCE)]
     if not options.force and all(is_current(version, variant) for variant in chosen):
@@ -96,9 +99,9 @@ def _build_model(model: ModelFolder, only: list[str] | None, options: Options, r
         return 0
     with _factory(version, planned[0], hardware, options, reporter) as factory:
         due = (variant for variant in chosen if options.force or not is_current(version, variant))
-        done = [factory.make(variant) for variant in due]  # asked one by one: a new reference leaves its children stale
+        crashes = [factory.make(variant) for variant in due]  # one by one: a new reference leaves its children stale
         factory.summarise()
-    return 0 if all(done) else 1
+    return 1 if any(crashes) else 0
 
 
 @contextmanager
@@ -122,29 +125,27 @@ def _build_auto(version: VersionFolder, hardware: Hardware, options: Options, re
     """Try what `auto.candidates` says within the budget and keep the front. Returns as `_build_model`."""
     label, record, known = version.model.name, None, dict[str, Attempt]()
     with suppress(RepositoryError):  # a damaged record, or another release's, is as good as none
-        record = None if options.force else auto.read_record(version.path)
+        record = None if options.force else attempts.read_record(version.path)
         known = _known(version, record, hardware, options)
     if record is not None and _is_settled(version, record, known, options):
         _vouch_for_data(version)
-        kept = [attempt.name for attempt in record.attempts if attempt.kept]
+        kept = [attempt.name for attempt in record.attempts if attempt.end is End.KEPT]
         reporter.line(f"{label}: nothing changed; of {len(record.attempts)} techniques it keeps {', '.join(kept)}")
         return 0
     reference = plan(version, hardware, quick=options.quick, entries=[])[0]
     with _factory(version, reference, hardware, options, reporter) as factory:
-        (version.path / auto.FILE).unlink(missing_ok=True)  # an interrupt must not leave it beside other variants
-        plans = auto.candidates(factory.facts())
+        plans = candidates(factory.facts())
         _remove_others(version, [candidate.variant.name for candidate in plans], reporter)
-        attempts = _try_all(factory, plans, known)
-        fresh = {a.name: a.card for a in attempts if a.card and a.kept}
-        reasons = auto.fallen(fresh, factory.summarise())
-    settled = [replace(a, kept=False, reason=reasons[a.name]) if a.name in reasons else a for a in attempts]
+        tried = _try_all(factory, plans, known)
+        standing = {a.name: a.card for a in tried if a.card and a.end is End.KEPT}
+        fallen = not_worth_keeping(standing, factory.summarise())
+    settled = [replace(a, end=End.FELL, reason=fallen[a.name]) if a.name in fallen else a for a in tried]
     for attempt in settled:
-        if attempt.name in version.manifest().variants and not attempt.kept:
+        if attempt.name in version.manifest().variants and not attempt.stays:
             version.remove_variant(attempt.name)
-        reporter.line(f"{label} {attempt.name}: {'kept' if attempt.kept else 'not kept'}: {attempt.reason}")
-    complete = not any(auto.OUT_OF_BUDGET in attempt.reason for attempt in settled)
-    auto.write_record(version.path, Record(hardware.fingerprint, options.budget_minutes, complete, tuple(settled)))
-    return 1 if any(attempt.crashed for attempt in settled) else 0
+        reporter.line(f"{label} {attempt.name}: {attempt.end}: {attempt.reason}")
+    attempts.write_record(version.path, Record(hardware.fingerprint, options.budget_minutes, True, tuple(settled)))
+    return 1 if any(attempt.end is End.CRASHED for attempt in settled) else 0
 
 
 def _known(version: VersionFolder, record: Record | None, hardware: Hardware, options: Options) -> dict[str, Attempt]:
@@ -156,51 +157,62 @@ def _known(version: VersionFolder, record: Record | None, hardware: Hardware, op
     return {
         attempt.name: attempt
         for attempt in record.attempts
-        if not attempt.crashed
+        if attempt.end is not End.CRASHED
         and attempt.fingerprint in ("", planned[attempt.name].fingerprint)
-        and (not attempt.kept or is_current(version, planned[attempt.name]))
+        and (attempt.end is not End.KEPT or is_current(version, planned[attempt.name]))
     }
 
 
 def _is_settled(version: VersionFolder, record: Record, known: Mapping[str, Attempt], options: Options) -> bool:
     """Whether nothing changed since, and a larger budget would not try more."""
-    kept = {attempt.name for attempt in record.attempts if attempt.kept}
-    is_whole = len(known) == len(record.attempts) and kept == set(version.manifest().variants)
-    return is_whole and (record.complete or options.budget_minutes <= record.budget_minutes)
+    there = {attempt.name for attempt in record.attempts if attempt.stays}
+    is_whole = record.complete and len(known) == len(record.attempts) and there == set(version.manifest().variants)
+    return is_whole and (not record.out_of_budget or options.budget_minutes <= record.budget_minutes)
 
 
 def _try_all(factory: Factory, plans: list[Candidate], known: Mapping[str, Attempt]) -> list[Attempt]:
-    """Every candidate in turn, or the reason why it was not tried; what is known to have fallen is not made again."""
+    """Every candidate in turn, each written down at once together with what is known of those to come."""
     end = time.monotonic() + factory.options.budget_minutes * 60
-    attempts: list[Attempt] = []
-    done: dict[str, Card] = {}
+    tried: dict[str, Attempt] = {}
     for candidate in plans:
-        name, started = candidate.variant.name, time.monotonic()
-        before = known.get(name)
-        if before is not None and before.card is not None and not before.kept:
-            attempts.append(before)
-            done[name] = before.card
-            continue
-        obstacle = candidate.obstacle(factory.facts(), done)
-        if obstacle is None and started > end and name != REFERENCE:
-            obstacle = auto.OUT_OF_BUDGET
-        if obstacle is not None:
-            attempts.append(Attempt(candidate.variant.entry, kept=False, reason=f"not tried: {obstacle}"))
-            continue
-        planned = plan(factory.version, factory.hardware, quick=factory.options.quick, entries=[candidate.variant])
-        crashed = not factory.make(planned[-1])
-        done[name] = card = factory.version.stored_card(name)
-        attempt = Attempt(
-            candidate.variant.entry,
-            kept=True,
-            reason=f"{card.gate.verdict}: {card.gate.reason}",
-            card=card,
-            crashed=crashed,
-            fingerprint=planned[-1].fingerprint,
-            seconds=round(time.monotonic() - started, 1),
+        name = candidate.variant.name
+        is_late = time.monotonic() > end and name != REFERENCE
+        tried[name] = _attempt(factory, candidate, known.get(name), tried, is_late=is_late)
+        record = Record(
+            factory.hardware.fingerprint, factory.options.budget_minutes, False, tuple({**known, **tried}.values())
         )
-        attempts.append(attempt)
-    return attempts
+        attempts.write_record(factory.version.path, record)
+    return list(tried.values())
+
+
+def _attempt(
+    factory: Factory, candidate: Candidate, before: Attempt | None, tried: Mapping[str, Attempt], *, is_late: bool
+) -> Attempt:
+    """One candidate. What is known to have fallen is not made again, and what is current costs no time to keep."""
+    version, variant, started = factory.version, candidate.variant, time.monotonic()
+    if before is not None and before.end is End.FELL:
+        return before
+    planned = plan(version, factory.hardware, quick=factory.options.quick, entries=[variant])[-1]
+    obstacle = candidate.obstacle(factory.facts(), tried)
+    if is_current(version, planned) and (not factory.options.force or obstacle or is_late):
+        return before if before and before.end is End.KEPT else _judged(version, variant, planned.fingerprint)
+    if obstacle:
+        return Attempt(variant.entry, End.NOT_TRIED, obstacle)
+    if is_late:
+        return replace(_judged(version, variant, ""), end=End.OUT_OF_BUDGET, reason=OUT_OF_BUDGET)
+    crash = factory.make(planned)
+    attempt = replace(_judged(version, variant, planned.fingerprint), seconds=round(time.monotonic() - started, 1))
+    return replace(attempt, end=End.CRASHED, reason=crash) if crash else attempt
+
+
+def _judged(version: VersionFolder, variant: VariantConfig, fingerprint: str) -> Attempt:
+    """An attempt as the card in the repository has it, if there is one: one that passed is kept until all are known."""
+    try:
+        card = version.stored_card(variant.name)
+    except RepositoryError:  # there is none, or it is damaged
+        return Attempt(variant.entry, End.NOT_TRIED, "there is no card")
+    end = End.KEPT if card.gate.verdict is Verdict.PASSED else End.FELL
+    return Attempt(variant.entry, end, f"{card.gate.verdict}: {card.gate.reason}", card, fingerprint)
 
 
 def _vouch_for_data(version: VersionFolder) -> None:

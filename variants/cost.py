@@ -77,10 +77,12 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     single.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
     for graph in nested_graphs(single.graph):
         del graph.value_info[:]  # the exporter's own notes speak of the variable batch
-        for value in [*graph.input, *graph.output]:
+        for value in graph.input:
             for dim in value.type.tensor_type.shape.dim:
                 if not dim.HasField("dim_value"):
                     dim.dim_value = 1
+        for value in graph.output:  # what an exporter could not name follows from the inputs
+            value.type.tensor_type.ClearField("shape")
     folded = _folded(single)
     for graph in nested_graphs(folded.graph):
         for node in graph.node:
@@ -206,6 +208,22 @@ def _recurrent(node: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> 
     return math.prod(inputs[0][:2]) * weights * directions if inputs[0] and inputs[1] else 0
 
 
+def _einsum(node: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> int:
+    """One product per combination of all indices, for each operand beyond the first."""
+    del output
+    terms = _attribute(node, "equation", b"").decode().replace(" ", "").partition("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, inputs, strict=True):
+        before, dots, after = term.partition("...")
+        if len(before + after) > len(shape) or not (dots or len(before) == len(shape)):
+            return 0  # a shape that could not be inferred
+        between = len(shape) - len(before + after)
+        names = [*before, *(f"...{number}" for number in range(between, 0, -1)), *after]
+        for name, size in zip(names, shape, strict=True):
+            sizes[name] = max(sizes.get(name, 1), size)
+    return math.prod(sizes.values()) * (len(terms) - 1)
+
+
 def _attention(node: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> int:
     """Each query meets each key, and each value once more; [batch, heads, length, width] or heads side by side."""
     del output
@@ -217,6 +235,24 @@ def _attention(node: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> 
         return batch * heads * length * key[2] * (width + value[3])
     shared = _attribute(node, "q_num_heads", 1) // _attribute(node, "kv_num_heads", 1)
     return int(query[0] * query[1] * key[1] * (query[2] + shared * value[2]))
+
+
+def _multi_head_attention(node: onnx.NodeProto, inputs: Sequence[Shape], output: Shape) -> int:
+    """ONNX Runtime's attention: queries [batch, length, hidden], or all as [batch, length, heads, 3, width].
+
+    Keys lie like queries, with values as [batch, keys, heads, 2, width], or by head as [batch, heads, keys, width].
+    """
+    del node, output
+    query, key, value, past = (inputs[at] if at < len(inputs) else () for at in (0, 1, 2, 6))
+    if len(query) == 5:
+        batch, length, heads, _, width = query
+        return batch * length * length * heads * 2 * width
+    if len(query) != 3 or len(key) not in (3, 4, 5) or (len(key) < 5 and len(value) != len(key)):
+        return 0
+    keys = key[2] if len(key) == 4 else key[1]
+    keys += past[2] if len(past) == 4 else 0
+    valued = {3: lambda: value[2], 4: lambda: value[1] * value[3], 5: lambda: key[2] * key[4]}[len(key)]()
+    return query[0] * query[1] * keys * (query[2] + valued)
 
 
 _COUNTERS: dict[str, Callable[[onnx.NodeProto, Sequence[Shape], Shape], int]] = {
@@ -233,6 +269,8 @@ _COUNTERS: dict[str, Callable[[onnx.NodeProto, Sequence[Shape], Shape], int]] = 
     "DynamicQuantizeMatMul": _product(0, 1),
     "QLinearMatMul": _product(0, 3),
     "QGemm": _product(0, 3),
+    "Einsum": _einsum,
     "Attention": _attention,
+    "MultiHeadAttention": _multi_head_attention,
     **dict.fromkeys(_GATES, _recurrent),
 }

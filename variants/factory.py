@@ -63,15 +63,16 @@ class Factory:
     reporter: Reporter
     made: Made = field(default_factory=dict)
 
-    def make(self, planned: Planned) -> bool:
-        """Build, evaluate, gate and write one variant; returns False when its recipe crashed."""
+    def make(self, planned: Planned) -> str | None:
+        """Build, evaluate, gate and write one variant; returns how its recipe crashed, None if it did not."""
         label = f"{self.version.model.name} {planned.name}"
         with self.reporter.step(label) as advance:
             card, files, crashed = self._attempt(planned, advance)
             if crashed and kept_product(self.version, planned) is not None:
                 self.version.doubt(planned.name)
-                self.reporter.line(f"{label}: {card.gate.reason}; what was made before stays")
-                return False
+                said = f"{card.gate.reason}; what was made before stays"
+                self.reporter.line(f"{label}: {said}")
+                return said
             entry = ManifestEntry(
                 fingerprint="" if crashed else planned.fingerprint,
                 made="" if crashed else planned.made,
@@ -80,7 +81,7 @@ class Factory:
             )
             self.version.write_variant(card, files, entry)
         self.reporter.line(f"{label}: {card.gate.verdict}: {card.gate.reason}")
-        return not crashed
+        return card.gate.reason if crashed else None
 
     def _parent(self, card: Card) -> Path:
         """What a variant was made from: the reference's artefact, or for the reference the source as it was given."""
@@ -164,6 +165,7 @@ class Factory:
         return Facts(
             operators={node.op_type for node in onnx.load(self.source.graph, load_external_data=False).graph.node},
             has_module=self.source.module is not None,
+            has_evaluation=self.data.evaluation is not None,
             has_training=self.data.training is not None,
             has_calibration=self.data.calibration is not None,
             hardware=self.hardware,

@@ -7,6 +7,7 @@ an operator that carries weights belongs to the node that had them, not to the a
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from itertools import count
 
@@ -54,7 +55,7 @@ class LayerNames:
 
     def _within(self, name: str) -> onnx.NodeProto | None:
         """The node with the longest name that stands whole inside another."""
-        inside = [own for own in self._nodes if own in name and _stands_whole(own, name)]
+        inside = [own for own in self._nodes if _stands_whole(own, name)]
         return self._nodes[max(inside, key=len)] if inside else None
 
     def _making(self, name: str) -> onnx.NodeProto | None:
@@ -80,7 +81,5 @@ def _carries(operator: str) -> bool:
 
 
 def _stands_whole(part: str, name: str) -> bool:
-    """Whether a part of a name is no piece of a longer word in it: `Conv_9` is, in `Conv_93`."""
-    at = name.find(part)
-    before, after = name[at - 1 : at] if at else "", name[at + len(part) : at + len(part) + 1]
-    return not before.isalnum() and not after.isalnum()
+    """Whether a part of a name is anywhere no piece of a longer word: `Conv_9` is one in `Conv_93`."""
+    return re.search(rf"(?<![^\W_]){re.escape(part)}(?![^\W_])", name) is not None

@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from variants.durable import write_durably
 from variants.model_config import RepositoryError, one_line
@@ -23,13 +24,25 @@ EAGER = "torch"
 """Beside its runtimes, fp32 of a torch source is measured as the module itself, run eagerly on torch; never served."""
 
 
+_MOST = 2**63 - 1
+"""No duration and no size is larger; what a file says beyond it is damage."""
+
+Amount = Annotated[int, Field(ge=0, le=_MOST)]
+
+
+def _bounded(profile: LatencyProfile) -> LatencyProfile:
+    if max(*profile.batch_sizes, *profile.latencies_ns) > _MOST:
+        raise ValueError("a latency or batch size beyond all bounds")
+    return profile
+
+
 @dataclass(frozen=True, slots=True)
 class LayerTime:
     """One operator of a graph: how long it takes per run, in nanoseconds."""
 
     name: str
     operator: str
-    time_ns: int
+    time_ns: Amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +53,8 @@ class Measured:
     of the profile once, beyond what it held after the runtime's import; None where that was not measured.
     """
 
-    profile: LatencyProfile
-    peak_memory_bytes: int | None = None
+    profile: Annotated[LatencyProfile, AfterValidator(_bounded)]
+    peak_memory_bytes: Amount | None = None
     layers: tuple[LayerTime, ...] = ()
 
 
@@ -64,6 +77,8 @@ def read_measurements(version: Path) -> Measurements | None:
         return _ADAPTER.validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise RepositoryError(f"{path}: {error.strerror or error}") from error
     except ValidationError as error:
         raise RepositoryError(one_line(error, str(path))) from error
 

@@ -1,4 +1,4 @@
-"""The last words of a build: a table of all variants, and plain sentences where a recipe did harm or did not pay.
+"""The last words of a build: which variants are worth keeping, a table of all, and plain sentences on the rest.
 
 Rules of this file: speeds are ratios of what was measured in one build, fp32 on ONNX Runtime over the variant; a
 variant is as fast as it is served, one sample after another where batch-mates would change an answer. What has no
@@ -7,6 +7,7 @@ benefit here takes no traffic on a host like this one: a server decides by its o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,9 @@ from variants.verify import REFERENCE_RUNTIME
 
 _FASTER = 0.97
 """A latency must be this share of fp32's to count as faster: less is within what a busy host does to a measurement."""
+
+_NOISE = 1 / _FASTER
+"""And one that is slower by less than this is not slower."""
 
 _WORSE = 0.001
 """A proven drop below this is not worth a sentence; the card has it."""
@@ -115,7 +119,56 @@ def _is_of_no_benefit(card: Card, times: Mapping[str, Times], base: Times) -> bo
         runtime in card.runtimes and card.runtimes[runtime].accuracy_drop.high < 0 for runtime in times
     ):
         return False
-    return not any(ratio > 1 / _FASTER for own in times.values() for ratio in _ratios(base, own).values())
+    return not any(ratio > _NOISE for own in times.values() for ratio in _ratios(base, own).values())
+
+
+def not_worth_keeping(cards: Mapping[str, Card], found: Mapping[str, Speed]) -> dict[str, str]:
+    """Why each variant off the Pareto front of proven accuracy and measured speed is not worth keeping.
+
+    That is what did not pass, what runs fast nowhere here, what is of no benefit over fp32, and what is dominated: by
+    one whose proven drop is no larger and that is no slower at any batch size, each on the runtime that it is fastest
+    on. fp32 is always worth keeping; where its speed is not known, nothing can be said of speed.
+    """
+    others = sorted(name for name in cards if name != REFERENCE)
+    passed = [name for name in others if cards[name].gate.verdict is Verdict.PASSED]
+    reasons = {name: f"{cards[name].gate.verdict}: {cards[name].gate.reason}" for name in others if name not in passed}
+    if REFERENCE not in found:
+        return reasons
+    reasons |= {name: "passed, but no runtime that it passed on is fast here" for name in passed if name not in found}
+    standing = {name: found[name] for name in passed if name in found}
+    for name in [name for name, speed in standing.items() if speed.no_benefit]:
+        ratios = _said(_against(standing.pop(name), found[REFERENCE]))
+        reasons[name] = (
+            f"passed, but of no benefit here: nowhere faster than fp32 on {found[REFERENCE].runtime} ({ratios})"
+        )
+    return reasons | dominated(
+        {name: (proven_drop(cards[name], standing[name].runtime), standing[name]) for name in standing}
+    )
+
+
+def dominated(standing: Mapping[str, tuple[float, Speed]]) -> dict[str, str]:
+    """Which variants, by drop and speed, another one makes pointless."""
+    reasons: dict[str, str] = {}
+    front: list[str] = []
+    for name, (_, speed) in sorted(standing.items(), key=lambda own: (own[1][0], -max(own[1][1].speed_ups.values()))):
+        better = next((other for other in front if _is_no_slower(standing[other][1], speed)), None)
+        if better is None:
+            front.append(name)
+        else:
+            reasons[name] = f"passed, but {better} is no slower and proven as accurate"
+    return reasons
+
+
+def proven_drop(card: Card, runtime: str) -> float:
+    """The upper bound of the drop that was proven on a runtime, infinite without proof; the reference has none."""
+    if card.variant == REFERENCE:
+        return 0.0
+    return card.runtimes[runtime].accuracy_drop.high if runtime in card.runtimes else math.inf
+
+
+def _is_no_slower(one: Speed, other: Speed) -> bool:
+    """At any batch size at which the other was measured, by more than noise."""
+    return all(one.speed_ups.get(batch, 0.0) * _NOISE >= ratio for batch, ratio in other.speed_ups.items())
 
 
 def table(cards: Mapping[str, Card], found: Mapping[str, Speed], title: str) -> Table:
@@ -149,8 +202,11 @@ def _size(count: int) -> str:
 
 
 def sentences(cards: Mapping[str, Card], found: Mapping[str, Speed]) -> list[str]:
-    """What a table does not say aloud: which recipes did not pay here, and which passed yet cost accuracy."""
-    said = [_slower(name, speed, found[REFERENCE]) for name, speed in sorted(found.items()) if name != REFERENCE]
+    """What a table does not say aloud: what passed in vain, which recipes did not pay, and what cost accuracy."""
+    reasons = not_worth_keeping(cards, found)
+    vain = [name for name in reasons if cards[name].gate.verdict is Verdict.PASSED]
+    said = [f"{name} {reasons[name]}." for name in sorted(vain)]
+    said += [_slower(name, found[name], found[REFERENCE]) for name in sorted(found.keys() - {REFERENCE, *vain})]
     said += [_worse(name, card) for name, card in sorted(cards.items())]
     return [sentence for sentence in said if sentence]
 
@@ -165,13 +221,15 @@ def _worse(name: str, card: Card) -> str:
 
 
 def _slower(name: str, speed: Speed, reference: Speed) -> str:
-    """Against fp32 as it is served, on its own fastest runtime."""
+    slower = {batch: ratio for batch, ratio in _against(speed, reference).items() if ratio < _FASTER}
+    return f"{name} is at some batch sizes slower than fp32 on {reference.runtime} ({_said(slower)})." if slower else ""
+
+
+def _against(speed: Speed, reference: Speed) -> dict[int, float]:
+    """How many times as fast as fp32 is as it is served, on its own fastest runtime."""
     common = [batch for batch in speed.speed_ups if batch in reference.speed_ups]
-    ratios = {batch: speed.speed_ups[batch] / reference.speed_ups[batch] for batch in common}
-    if not speed.no_benefit:
-        ratios = {batch: ratio for batch, ratio in ratios.items() if ratio < _FASTER}
-    said = ", ".join(f"{ratio:.2f}x at batch {batch}" for batch, ratio in ratios.items())
-    if speed.no_benefit:
-        where = f"nowhere faster than fp32 on {reference.runtime} ({said})"
-        return f"{name} is of no benefit on this host: {where}, so a server here gives it no traffic."
-    return f"{name} is at some batch sizes slower than fp32 on {reference.runtime} ({said})." if ratios else ""
+    return {batch: speed.speed_ups[batch] / reference.speed_ups[batch] for batch in common}
+
+
+def _said(ratios: Mapping[int, float]) -> str:
+    return ", ".join(f"{ratio:.2f}x at batch {batch}" for batch, ratio in ratios.items())

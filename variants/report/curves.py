@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from variants.report import figures
 from variants.report.labels import spread, text_width
 from variants.report.markup import Markup, tag
-from variants.report.plot import Axis, Form, Plot, scales
+from variants.report.plot import BOTTOM, TOP, Axis, Form, Plot, scales
 from variants.report.svg import FONT, hue_class, line, picture, polyline, rect, symbol, text, title
 from variants.variant import Verdict
+
+_GAP = FONT * 1.2
+"""From one name to the next below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ def latencies(curves: Sequence[Curve], width: float, height: float) -> Markup:
     says = "Latency by batch size: " + "; ".join(
         f"{c.name} " + ", ".join(f"{figures.duration(y)} at {x:.0f}" for x, y in c.points) for c in curves
     )
+    height = _tall_enough(curves, height)
     plot = _plot(curves, width, height, x_log=True)
     axes = plot.axes(
         Axis("batch size", _apart(plot, batches), lambda v: f"{v:.0f}"),
@@ -43,6 +47,7 @@ def losses(curves: Sequence[Curve], width: float, height: float) -> Markup:
     says = "Training loss by epoch: " + "; ".join(
         f"{c.name} from {figures.significant(c.points[0][1])} to {figures.significant(c.points[-1][1])}" for c in curves
     )
+    height = _tall_enough(curves, height)
     plot = _plot(curves, width, height, x_log=False)
     epochs = sorted({round(tick) for tick in plot.x.ticks(6) if 1 <= round(tick) <= most})
     axes = plot.axes(
@@ -51,6 +56,11 @@ def losses(curves: Sequence[Curve], width: float, height: float) -> Markup:
     return picture(
         width, height, says, axes, [_curve(plot, c, figures.significant) for c in curves], _ends(plot, curves)
     )
+
+
+def _tall_enough(curves: Sequence[Curve], height: float) -> float:
+    """The height, or what the names need below each other if that is more."""
+    return max(height, TOP + BOTTOM + _GAP * len(curves))
 
 
 def _plot(curves: Sequence[Curve], width: float, height: float, *, x_log: bool) -> Plot:
@@ -88,7 +98,7 @@ def _curve(plot: Plot, curve: Curve, form: Form) -> Markup:
 def _ends(plot: Plot, curves: Sequence[Curve]) -> list[Markup]:
     """The names at the right, moved apart, each with a thin line to its curve's end."""
     ends = [(plot.x(curve.points[-1][0]), plot.y(curve.points[-1][1])) for curve in curves]
-    heights = spread([y for _, y in ends], FONT * 1.2, plot.y.end, plot.y.start)
+    heights = spread([y for _, y in ends], _GAP, plot.y.end, plot.y.start)
     left = plot.x.end + 14
     shapes = []
     for curve, (x, y), height in zip(curves, ends, heights, strict=True):

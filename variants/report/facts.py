@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from variants.auto import Record, read_record
+from variants.attempts import Record, read_record
 from variants.measurements import Measured, Measurements, read_measurements
 from variants.model_config import ModelConfig, RepositoryError
 from variants.repository import ModelFolder, VersionFolder
-from variants.summary import Speed, as_served, sound_cards, speeds
+from variants.summary import Speed, as_served, dominated, not_worth_keeping, proven_drop, sound_cards, speeds
 from variants.variant import REFERENCE, Card, Evidence, Verdict
 from variants.verify import REFERENCE_RUNTIME
 
@@ -57,20 +57,26 @@ class VariantFacts:
         return self.card.gate.verdict is Verdict.PASSED
 
     @property
+    def home(self) -> Evidence | None:
+        """For fp32: what is proven on ONNX Runtime, whose answers every drop is counted from."""
+        return self.card.runtimes.get(REFERENCE_RUNTIME, self.evidence)
+
+    @property
     def profiled(self) -> str | None:
         """The runtime whose layers were timed: this one, or else another that was."""
         return next((name for name in self._measured_first() if self.measured[name].layers), None)
 
     @property
-    def peak_memory(self) -> int | None:
-        """The bytes held at the largest batch on this runtime, or else on another where it was measured."""
-        found = (self.measured[name].peak_memory_bytes for name in self._measured_first())
-        return next((peak for peak in found if peak is not None), None)
+    def peak_memory(self) -> tuple[int, str] | None:
+        """The bytes held at the largest batch, and where: on ONNX Runtime, so that variants compare, or elsewhere."""
+        order = sorted(self._measured_first(), key=lambda name: name != REFERENCE_RUNTIME)
+        found = ((self.measured[name].peak_memory_bytes, name) for name in order)
+        return next(((peak, name) for peak, name in found if peak is not None), None)
 
     def _measured_first(self) -> list[str]:
         """The runtimes that it was measured on and may be served by, its own first."""
-        known = [name for name in self.measured if name in self.card.runtimes or name == self.runtime]
-        return sorted(known, key=lambda name: name != self.runtime)
+        own = {*self.card.runtimes, self.runtime, REFERENCE_RUNTIME}
+        return sorted((name for name in self.measured if name in own), key=lambda name: name != self.runtime)
 
     @property
     def latencies(self) -> dict[int, int]:
@@ -81,7 +87,7 @@ class VariantFacts:
 
     def accuracy(self, reference: VariantFacts) -> Accuracy | None:
         """The score below the reference's by the paired drop, with the drop's interval, which the gate judges."""
-        own, base = self.evidence, reference.evidence
+        own, base = self.evidence, reference.home
         if own is None or base is None:
             return None
         drop, best = own.accuracy_drop, base.score.value
@@ -129,21 +135,36 @@ class ModelFacts:
         measured = self.reference.measured.get(REFERENCE_RUNTIME) if self.reference else None
         return measured.profile.latency_ns(batch) if measured and batch <= measured.profile.max_batch_size else None
 
+    @property
+    def fallen(self) -> Mapping[str, str]:
+        """Why each variant is not worth keeping, by the build's own rules; without measurements by verdict alone."""
+        speeds_known = {variant.name: variant.speed for variant in self.variants if variant.speed}
+        return not_worth_keeping({variant.name: variant.card for variant in self.variants}, speeds_known)
+
+    @property
+    def beneficial(self) -> list[VariantFacts]:
+        """The variants that passed and, where speed is known, pay on this host; another one may pay more."""
+        is_known = any(variant.speed for variant in self.variants)
+        return [
+            variant
+            for variant in self.variants
+            if variant.name != REFERENCE and variant.passed
+            and (not is_known or (variant.speed is not None and not variant.speed.no_benefit))
+        ]  # fmt: skip
+
     def front(self, batch: int) -> list[VariantFacts]:
-        """The passed variants that none other beats in both accuracy and latency, fastest first (Pareto)."""
-        reference, found = self.reference, []
-        if reference is None:
-            return []
+        """fp32 and the variants worth keeping, less those that another one makes pointless at this batch size.
+
+        The fastest comes first.
+        """
+        fallen, standing = self.fallen, {}
         for variant in self.variants:
-            accuracy, latency = variant.accuracy(reference), variant.latencies.get(batch)
-            if variant.passed and accuracy is not None and latency is not None:
-                found.append((latency, -accuracy.value, variant))
-        front, best = [], float("inf")
-        for _, lost, variant in sorted(found, key=lambda entry: entry[:2]):
-            if lost < best:
-                front.append(variant)
-                best = lost
-        return front
+            speed, is_proven = variant.speed, variant.passed and variant.evidence is not None
+            if is_proven and speed and batch in speed.speed_ups and variant.name not in fallen:
+                here = Speed(speed.runtime, {batch: speed.speed_ups[batch]})
+                standing[variant.name] = proven_drop(variant.card, speed.runtime), here
+        names = standing.keys() - dominated(standing).keys()
+        return sorted((v for v in self.variants if v.name in names), key=lambda variant: variant.latencies[batch])
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,25 +225,3 @@ def _hue(position: int, name: str) -> int:
 
 def _measured(measurements: Measurements | None, name: str) -> Mapping[str, Measured]:
     return measurements.variants.get(name, {}) if measurements else {}
-
-
-def fallen(model: ModelFacts) -> list[tuple[VariantFacts, str]]:
-    """The variants that no traffic should take, each with the sentence that says why; fp32 always may."""
-    said = []
-    for variant in (variant for variant in model.variants if variant.name != REFERENCE):
-        if not variant.passed:
-            said.append((variant, f"{variant.card.gate.verdict}: {variant.card.gate.reason}"))
-        elif variant.speed and variant.speed.no_benefit:
-            said.append((variant, "no benefit: it passed, and is not faster than fp32 at any batch size here"))
-        elif better := next((other for other in model.variants if _dominates(other, variant, model)), None):
-            said.append((variant, f"dominated: {better.name} is at least as accurate, and faster at every batch size"))
-    return said
-
-
-def _dominates(other: VariantFacts, variant: VariantFacts, model: ModelFacts) -> bool:
-    """Whether the other one passed too, loses no more, and is faster wherever both were measured."""
-    if not other.passed or other.evidence is None or variant.evidence is None:
-        return False
-    common = set(other.latencies) & set(variant.latencies) & set(model.batch_sizes)
-    faster = bool(common) and all(other.latencies[batch] < variant.latencies[batch] for batch in common)
-    return faster and other.evidence.accuracy_drop.value <= variant.evidence.accuracy_drop.value

@@ -13,6 +13,8 @@ UNKNOWN = "–"
 
 _ZEROS = re.compile(r"(\.\d*?)0+(?!\d)")
 
+_MINUS = re.compile(r"(?<!\w)-(?=\d)")
+
 _DURATIONS = ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1, "ns"))
 _SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 _FLOPS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"), (1, "FLOP"))
@@ -68,7 +70,17 @@ def ratio(value: float) -> str:
 
 def percent(value: float, decimals: int = 2) -> str:
     """A share: 99.09%."""
-    return f"{value:.{decimals}%}".replace("-", "−")
+    return _signed(f"{value:.{decimals}%}")
+
+
+def _signed(text: str) -> str:
+    """With a real minus sign, and none before what rounds to zero."""
+    return text.replace("-", "−" if any(digit in text for digit in "123456789") else "")
+
+
+def typeset(words: str) -> str:
+    """A sentence of a card with real minus signs before its numbers."""
+    return _MINUS.sub("−", words)
 
 
 def whole(value: float) -> str:
@@ -83,7 +95,7 @@ def metric_name(metric: Metric) -> str:
 
 def score(value: float, metric: Metric) -> str:
     """A score in its metric's usual form: a percentage where it counts samples, else four decimals."""
-    return percent(value) if metric in _SHARES else f"{value:.4f}".replace("-", "−")
+    return percent(value) if metric in _SHARES else _signed(f"{value:.4f}")
 
 
 def bounds(interval: Interval, metric: Metric) -> str:

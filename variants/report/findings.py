@@ -25,14 +25,22 @@ Draw = Callable[[object], Markup | None]
 
 
 def findings(card: Card, max_drop: float) -> list[Markup]:
-    """Every finding of a card, the known ones in the order of a recipe's work; `max_drop` is the gate's limit."""
+    """Every finding of a card, the known ones in the order of a recipe's work; `max_drop` is the gate's limit.
+
+    What a later step of a chain found under the same name is numbered: `training 2`.
+    """
     known = _drawings(max_drop)
-    names = [*(name for name in known if name in card.findings), *(name for name in card.findings if name not in known)]
-    return [_finding(name, card.findings[name], known.get(name)) for name in names]
+    order = {name: position for position, name in enumerate(known)}
+    names = sorted(card.findings, key=lambda name: order.get(_base(name), len(order)))
+    return [_finding(name, card.findings[name], known.get(_base(name))) for name in names]
+
+
+def _base(name: str) -> str:
+    return name.rstrip(" 0123456789")
 
 
 def _finding(name: str, value: object, known: tuple[str, Draw] | None) -> Markup:
-    heading = known[0] if known else name.replace("_", " ").capitalize()
+    heading = known[0] + name.removeprefix(_base(name)) if known else name.replace("_", " ").capitalize()
     drawn = known[1](value) if known else None
     is_broad = drawn is None or name == "tensors"
     content = _tabulated(heading, value) if drawn is None else drawn

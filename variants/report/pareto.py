@@ -18,6 +18,7 @@ from variants.report.markup import Markup, tag
 from variants.report.plot import BOTTOM, LEFT, TOP, Axis, Plot, named
 from variants.report.scales import Scale, spanning
 from variants.report.svg import hue_class, line, picture, polyline, rect, symbol, text, title
+from variants.summary import proven_drop
 from variants.verify import REFERENCE_RUNTIME
 
 _FAR = 3.0
@@ -25,6 +26,9 @@ _FAR = 3.0
 
 _LOOSE = 0.1
 """A gate that allows more than this drop has no place in the picture unless a variant comes near it."""
+
+_NAMED, _ROOM = 10, 50.0
+"""How many variants beside fp32 and those on the front are named at most, and how much width each of them needs."""
 
 _WIDE = 700.0
 """From this width on there is room for speeds beside the names."""
@@ -51,6 +55,12 @@ def points_of(model: ModelFacts, batch: int) -> list[Point]:
     return sorted(points, key=lambda point: (not point.on_front, point.latency))
 
 
+def named_points(points: Sequence[Point], width: float) -> list[Point]:
+    """Those with a label: the front, fp32, and of the others as many as can be read; a mark's tooltip names any."""
+    first = [point for point in points if point.on_front or point.variant.hue == 0]
+    return [*first, *[point for point in points if point not in first][: min(_NAMED, int(width // _ROOM))]]
+
+
 def draw(model: ModelFacts, batch: int, width: float, height: float) -> Markup:
     """The picture at one batch size; needs at least one point."""
     points = points_of(model, batch)
@@ -65,7 +75,7 @@ def draw(model: ModelFacts, batch: int, width: float, height: float) -> Markup:
 
 def _top(model: ModelFacts, points: Sequence[Point]) -> float:
     """The reference's score."""
-    proof = model.reference.evidence if model.reference else None
+    proof = model.reference.home if model.reference else None
     return proof.score.value if proof else max(point.accuracy.value for point in points)
 
 
@@ -136,10 +146,11 @@ class _Drawing:
         return shapes
 
     def front(self) -> list[tuple[float, float]]:
-        """The front as a staircase: no variant that passed lies above or left of it."""
-        stairs: list[tuple[float, float]] = []
+        """The front as a staircase along what is proven, the lower ends of the whiskers, as the gate judges."""
+        top, stairs = _top(self.model, self.points), list[tuple[float, float]]()
         for point in (point for point in self.points if point.on_front):
-            x, y = self.plot.x(point.latency), self.plot.y(point.accuracy.value)
+            proven = top - proven_drop(point.variant.card, point.variant.runtime or "")
+            x, y = self.plot.x(point.latency), self.plot.y(proven)
             stairs += [(x, stairs[-1][1] if stairs else y), (x, y)]
         return [*stairs, (self.plot.x.end, stairs[-1][1])] if stairs else []
 
@@ -177,8 +188,10 @@ class _Drawing:
         if self.limit is not None:
             taken.append(Box(plot.x.end - 200, self.limit, 200, 20))
         bounds = Box(plot.x.start + 2, plot.y.end - 12, plot.x.end - plot.x.start + 14, plot.y.start - plot.y.end + 8)
-        places = [(plot.x(point.latency), plot.y(point.accuracy.value)) for point in self.points]
-        return named(places, [self._label(point) for point in self.points], taken, bounds)
+        spoken = named_points(self.points, plot.width)
+        places = [(plot.x(point.latency), plot.y(point.accuracy.value)) for point in spoken]
+        taken += [Box(plot.x(p.latency) - 7, plot.y(p.accuracy.value) - 7, 14, 14) for p in self.points]
+        return named(places, [self._label(point) for point in spoken], taken, bounds)
 
     def _label(self, point: Point) -> list[str]:
         """The name, and where there is room the speed against fp32 on ONNX Runtime; the value of what is cut off."""

@@ -19,8 +19,9 @@ FULL, HALF, THIRD, MIDDLE, NARROW = 1080.0, 540.0, 340.0, 640.0, 350.0
 """The widths that pictures are drawn for: their share of a wide page, a tablet's page, and a phone's."""
 
 _READING = (
-    "Up and left is better. The staircase is the Pareto front of the verified variants; whiskers are the 95% interval "
-    "of the drop against fp32, which the gate judges. Speeds are multiples of fp32's on ONNX Runtime."
+    "Up and left is better. Whiskers are the 95% interval of the drop against fp32, which the gate judges. The "
+    "staircase is the Pareto front of the verified variants, along what is proven: the lower ends of their whiskers. "
+    "Speeds are multiples of fp32's on ONNX Runtime."
 )
 _NO_LATENCY = (
     "No latency was measured with this build, so there is no picture of speed; run `gearshift build` again, on the "
@@ -46,12 +47,22 @@ def accuracy(model: ModelFacts) -> Markup:
     if not pareto.points_of(model, smallest):
         return tag("div", tag("p", _NO_EVIDENCE, class_="absent full"), _latency(model), class_="grid half")
     hero = both(*(pareto.draw(model, smallest, width, 450) for width in (FULL, NARROW, MIDDLE)))
-    note = [_READING, _left_out(model, smallest), legend(model)]
+    note = [_READING, _unnamed(model, smallest), _left_out(model, smallest), legend(model)]
     drawn = [figure("Accuracy against latency, one request at a time", note, hero, class_="full")]
     if largest > smallest and pareto.points_of(model, largest):
         picture = both(*(pareto.draw(model, largest, width, 360) for width in (HALF, NARROW)))
         drawn.append(figure(f"The same in batches of {largest}", "What a full batch takes.", picture))
     return tag("div", drawn, _latency(model), class_="grid half")
+
+
+def _unnamed(model: ModelFacts, batch: int) -> str | None:
+    points = pareto.points_of(model, batch)
+    is_crowded = len(pareto.named_points(points, NARROW)) < len(points)
+    return (
+        " Where it is crowded, only some marks off the front are named; point at one to read it."
+        if is_crowded
+        else None
+    )
 
 
 def _left_out(model: ModelFacts, batch: int) -> str | None:
@@ -69,7 +80,8 @@ def _latency(model: ModelFacts) -> Markup:
     if eager := _eager(model):
         points = list(zip(eager.profile.batch_sizes, eager.profile.latencies_ns, strict=True))
         lines.append(curves.Curve("torch, eager", 0, points, faint=True))
-    note = "Each variant on its fastest proven runtime, as it is served. Dashed: not verified, or never served."
+    kind = "fastest proven" if any(variant.evidence for variant in model.variants) else "fastest"
+    note = f"Each variant on its {kind} runtime, as it is served. Dashed: not verified, or never served."
     return figure(
         "Latency by batch size", note, both(*(curves.latencies(lines, width, 360) for width in (HALF, NARROW)))
     )
@@ -95,14 +107,29 @@ def costs(model: ModelFacts) -> Markup:
         lambda v: f"{figures.size(v.card.size_bytes)} · {figures.size(v.card.compressed_bytes)} packed",
         inner=lambda variant: variant.card.compressed_bytes,
     )
-    flops, memory = (lambda variant: variant.card.flops), (lambda variant: variant.peak_memory or 0)
     return tag(
         "div",
         size,
-        _by_variant("Work for one sample", "Two operations per multiply-accumulate.", built, flops, figures.flops),
-        _by_variant("Peak memory", "Of one process, at the largest batch.", weighed, memory, figures.size),
+        _by_variant(
+            "Work for one sample",
+            "Two operations per multiply-accumulate.",
+            built,
+            lambda variant: variant.card.flops,
+            lambda variant: figures.flops(variant.card.flops),
+        ),
+        _by_variant(
+            "Peak memory",
+            "Of one process, at the largest batch; on ONNX Runtime where it was measured there.",
+            weighed,
+            lambda variant: _peak(variant)[0],
+            lambda variant: f"{figures.size(_peak(variant)[0])} · {_peak(variant)[1]}",
+        ),
         class_="grid third",
     )
+
+
+def _peak(variant: VariantFacts) -> tuple[int, str]:
+    return variant.peak_memory or (0, figures.UNKNOWN)
 
 
 Value = Callable[[VariantFacts], float]
@@ -113,10 +140,10 @@ def _by_variant(
     note: str,
     variants: list[VariantFacts],
     value: Value,
-    shown: Callable[..., str],
+    shown: Callable[[VariantFacts], str],
     inner: Value | None = None,
 ) -> Markup:
-    """Bars of one measure; `shown` writes the value, or the variant where there is an `inner` bar too."""
+    """Bars of one measure, which `shown` writes."""
     if not variants:
         return figure(heading, "Not measured with this build.")
     rows = [
@@ -124,7 +151,7 @@ def _by_variant(
             variant.name,
             variant.hue,
             value(variant),
-            shown(variant if inner else value(variant)),
+            shown(variant),
             inner(variant) if inner else None,
             faint=not variant.passed,
         )

@@ -38,7 +38,7 @@ def section(model: ModelFacts, anchor: str) -> Markup:
 
 
 def _heading(model: ModelFacts, anchor: str) -> Markup:
-    gate, proof, metric = model.config.gate, model.reference and model.reference.evidence, model.config.metric
+    gate, proof, metric = model.config.gate, model.reference and model.reference.home, model.config.metric
     drop, agreement = figures.percent(gate.max_accuracy_drop), figures.percent(gate.min_agreement)
     data = f"{figures.metric_name(metric)} on {proof.samples:,} held-out samples" if proof else "no evaluation data"
     host = f"measured on one thread of {model.measurements.cpu}" if model.measurements else "no speed measured"
@@ -50,11 +50,11 @@ def _heading(model: ModelFacts, anchor: str) -> Markup:
 def _tiles(model: ModelFacts) -> Iterator[Markup]:
     """The figures to remember."""
     reference, made = model.reference, [variant for variant in model.variants if variant.hue]
-    proven = [variant for variant in made if variant.passed]
+    passed, proven = [variant for variant in made if variant.passed], model.beneficial
     if made:
-        yield _tile(f"{len(proven)} of {len(made)}", "variants passed the gate", "beside fp32 itself")
-    if reference and reference.evidence:
-        metric, score = model.config.metric, reference.evidence.score
+        yield _tile(f"{len(passed)} of {len(made)}", "variants passed the gate", "beside fp32 itself")
+    if reference and reference.home:
+        metric, score = model.config.metric, reference.home.score
         more = f"95% interval {figures.bounds(score, metric)}"
         yield _tile(figures.score(score.value, metric), f"fp32's {figures.metric_name(metric)}", more)
     for batch in sorted({*model.batch_sizes[:1], *model.batch_sizes[-1:]}):

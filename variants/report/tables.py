@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,9 +57,9 @@ def fold(summary: Content, *content: Content, is_open: bool = False) -> Markup:
 
 def number(value: object) -> float | None:
     """A number that can be drawn, None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         return None
-    return None if abs(value) > _LARGEST else 0.0 if abs(value) < _SMALLEST else float(value)
+    return 0.0 if abs(value) < _SMALLEST else float(value)
 
 
 def rows_of(value: object) -> list[Mapping[str, object]] | None:
@@ -116,6 +115,8 @@ def shown(value: object, depth: int = 0) -> str:
 def _single(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return "a number beyond all bounds"
     if isinstance(value, int):
         return (f"{value:,}" if abs(value) >= 10_000 else str(value)).replace("-", "−")
     if isinstance(value, float):

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from variants.model_config import Metric
 from variants.report import figures
-from variants.report.facts import ModelFacts, VariantFacts, fallen
+from variants.report.facts import ModelFacts, VariantFacts
 from variants.report.markup import Content, Markup, join, tag
 from variants.report.svg import picture, symbol
 from variants.report.tables import Column, fold, shown, table
@@ -26,7 +26,7 @@ def verdicts(model: ModelFacts) -> Markup:
         "Verdicts: scores, paired drops and agreements with their 95% intervals"
         + ("; speed as a multiple of fp32's on ONNX Runtime, by batch size" if batches else "") + "."
     )  # fmt: skip
-    reasons = [variant.card.gate.reason for variant in model.variants]
+    reasons = [figures.typeset(variant.card.gate.reason) for variant in model.variants]
     return table(
         caption, columns, [_verdict(variant, model, batches) for variant in model.variants], reasons, "stacked"
     )
@@ -98,7 +98,10 @@ def _speed(variant: VariantFacts, batch: int) -> Content:
 
 def what_fell(model: ModelFacts) -> Markup:
     """The variants that should take no traffic, one sentence each; what is stale or damaged too."""
-    said = [tag("li", named(variant), tag("span", reason)) for variant, reason in fallen(model)]
+    fallen = model.fallen
+    said = [
+        tag("li", named(v), tag("span", figures.typeset(fallen[v.name]))) for v in model.variants if v.name in fallen
+    ]
     said += [tag("li", tag("span", sentence)) for sentence in model.absent]
     if not said:
         return tag("p", "Nothing fell: every variant passed, and none makes another one pointless.")
@@ -116,15 +119,17 @@ def what_auto_tried(model: ModelFacts) -> Markup | None:
     rows: list[list[Content]] = [
         [
             attempt.name,
-            "kept" if attempt.kept else "not tried" if attempt.card is None else "not kept",
+            str(attempt.end),
             badge(attempt.card.gate.verdict) if attempt.card else figures.UNKNOWN,
             figures.duration(attempt.seconds * 1e9) if attempt.seconds else figures.UNKNOWN,
-            attempt.reason,
+            figures.typeset(attempt.reason),
         ]
         for attempt in model.record.attempts
     ]
-    end = "it tried all it had" if model.record.complete else "the budget ended it"
-    budget = figures.plain(figures.significant(model.record.budget_minutes))
+    record, end = model.record, "it tried all it had"
+    if record.out_of_budget or not record.complete:
+        end = "the budget ended it" if record.complete else "it was interrupted, and the next build goes on"
+    budget = figures.plain(figures.significant(record.budget_minutes))
     caption = f"What variants: auto tried within {budget} minutes, in this order; {end}."
     return join(tag("h3", "What was tried"), table(caption, columns, rows, class_="stacked"))
 
