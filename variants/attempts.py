@@ -12,10 +12,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from variants.durable import write_durably
-from variants.model_config import RepositoryError, VariantConfig, one_line
+from variants.model_config import VariantConfig
+from variants.records import read_record_file
 from variants.variant import Card, Verdict
 
 FILE = "auto.json"
@@ -92,15 +93,7 @@ _RECORD = TypeAdapter(Record)
 
 def read_record(version: Path) -> Record | None:
     """What `auto` last did, None if it never ran. Raises RepositoryError."""
-    path = version / FILE
-    try:
-        return _RECORD.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise RepositoryError(f"{path}: {error.strerror or error}") from error
-    except ValidationError as error:
-        raise RepositoryError(one_line(error, str(path))) from error
+    return read_record_file(version / FILE, _RECORD)
 
 
 def write_record(version: Path, record: Record) -> None:

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from variants.durable import write_durably
-from variants.model_config import RepositoryError, one_line
+from variants.records import read_record_file
 from variants.variant import LatencyProfile
 
 FILE = "measurements.json"
@@ -72,15 +72,7 @@ _ADAPTER = TypeAdapter(Measurements)
 
 def read_measurements(version: Path) -> Measurements | None:
     """What the last build of a version measured, None where none did. Raises RepositoryError."""
-    path = version / FILE
-    try:
-        return _ADAPTER.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise RepositoryError(f"{path}: {error.strerror or error}") from error
-    except ValidationError as error:
-        raise RepositoryError(one_line(error, str(path))) from error
+    return read_record_file(version / FILE, _ADAPTER)
 
 
 def write_measurements(version: Path, measurements: Measurements) -> None:
