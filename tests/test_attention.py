@@ -91,6 +91,15 @@ def test_a_shared_attention_stays_shared() -> None:
     assert sum(parameter.numel() for parameter in module.parameters()) == before
 
 
+def test_attention_that_ties_its_weights_to_others_stays() -> None:
+    """Copies would be trained apart, and counted twice."""
+    first, second, free = (nn.MultiheadAttention(WIDTH, HEADS) for _ in range(3))
+    first.out_proj.weight = second.out_proj.weight
+    module = nn.ModuleList([first, second, free])
+    with_plain_attention(module)
+    assert [type(part) for part in module] == [nn.MultiheadAttention, nn.MultiheadAttention, Attention]
+
+
 def test_frozen_projections_stay_frozen() -> None:
     """What did not learn in torch's attention does not in the one that stands in for it."""
     original = nn.MultiheadAttention(WIDTH, HEADS)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from build_runs import cards, run, stamps
 from factory_fixtures import MODEL_YAML, Built, build_in_process
@@ -179,6 +180,30 @@ def test_a_crash_is_its_own_reason_and_takes_nothing_away(model: Path, monkeypat
     assert kept in variants(model)
     assert run(model, options=LONG)[0] == 0
     assert attempt(model, kept).end is End.KEPT
+
+
+def test_a_crash_after_a_change_takes_nothing_away(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New calibration data ask for another variant; until it is made, what was proven goes on."""
+    calibration = model / "1/data/calibration.npz"
+    with np.load(calibration) as arrays:
+        fewer = {name: array[1:] for name, array in arrays.items()}
+    np.savez(calibration, **fewer)
+    ending(monkeypatch, ValueError("boom"), "int8-static")
+    assert "int8-static" in variants(model)
+    assert run(model, options=LONG)[0] == 1
+    assert "int8-static" in variants(model)
+
+
+def test_what_is_not_worth_keeping_goes_for_good(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason stands in the record, the folder is gone, and the next build does not make it again."""
+    (model / "1" / FILE).unlink()
+    monkeypatch.setattr("variants.build.not_worth_keeping", lambda *_: {"int8-static": "passed, but late"})
+    assert run(model, options=LONG)[0] == 0
+    fallen = attempt(model, "int8-static")
+    assert (fallen.end, fallen.reason) == (End.FELL, "passed, but late")
+    assert "int8-static" not in variants(model)
+    ending(monkeypatch, AssertionError("made again"))
+    assert "nothing changed" in run(model, options=LONG)[1]
 
 
 def test_a_crash_with_nothing_before_it_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,6 +247,20 @@ def test_as_many_heads_as_they_are_wide_are_told_apart() -> None:
     assert (left["heads"], left["head_width"], left["all_heads"]) == (4, 8, 32)
 
 
+def test_many_numbers_that_say_one_width_change_together() -> None:
+    """Heads that are known by the widths of queries, keys and values besides."""
+
+    class Spelt(Heads):
+        def forward(self, x: Tensor) -> Tensor:
+            for name in "qkv":
+                layer = self.get_submodule(name)
+                assert vars(self)[f"{name}_width"] == layer.out_features
+            return super().forward(x)
+
+    left = vars(without_half_its_heads(Spelt(q_width=32, k_width=32, v_width=32), 5))
+    assert [left[name] for name in ("heads", "all_heads", "q_width", "k_width", "v_width")] == [2, 16, 16, 16, 16]
+
+
 def test_where_several_numbers_might_change_nothing_does() -> None:
     """One step alone is attended to whole by heads of any width: the samples cannot say which number is meant."""
     module = Heads(heads=8, head_width=8).eval()

@@ -129,6 +129,8 @@ def test_a_loop_counts_its_turns_and_an_if_its_dearer_branch() -> None:
     turn.output[0].type.tensor_type.elem_type = TensorProto.BOOL
     loop = helper.make_node("Loop", ["turns", "", "x"], ["y"], body=turn)
     assert flops([loop], {"x": ["n", 16]}, {"w": (16, 16), "turns": np.array(7)}) == 2 * 7 * 16 * 16
+    endless = {"w": (16, 16), "turns": np.array(2**63 - 1)}
+    assert flops([loop], {"x": ["n", 16]}, endless) == 2 * 16 * 16, "a `while` runs nobody knows how often"
     branches = {
         name: graph([helper.make_node("MatMul", ["x", weight], ["out"])], {}, {}, ["out"])
         for name, weight in (("then_branch", "w"), ("else_branch", "v"))

@@ -77,6 +77,15 @@ def test_what_only_serving_reads_rebuilds_nothing(tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "m", "batching: {max_batch_size: 7}") != plain
 
 
+def test_a_recipe_asked_for_twice_has_both_parameters(tmp_path: Path) -> None:
+    """Whether such a chain was made or rejected, its card says what was asked of each step."""
+    steps = "[{recipe: prune-unstructured, sparsity: 0.3}, {recipe: prune-unstructured, sparsity: 0.6}]"
+    fingerprint(tmp_path, f"variants: [fp32, {{name: twice, recipe: {steps}}}]")
+    twice = plan(ModelFolder(tmp_path).newest(), CPU, quick=False)[1].parameters
+    asked = {name: given["sparsity"] for name, given in twice.items() if isinstance(given, dict)}
+    assert asked == {"prune-unstructured": 0.3, "prune-unstructured 2": 0.6}
+
+
 def test_other_shapes_to_trace_with_make_another_graph(tmp_path: Path) -> None:
     """Evaluation data only judge, but their shapes and types are in the graph that a module is traced into."""
     model, yaml = tmp_path / "m", "evaluation: {data: evaluation.npz}"

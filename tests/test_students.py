@@ -119,7 +119,7 @@ def test_blocks_that_know_their_place_are_alike() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
-            for number, block in enumerate(self.blocks):
+            for number, block in enumerate(self.blocks, start=1):
                 setattr(block, "layer_idx", number)  # noqa: B010 - a linear layer declares no such attribute
 
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
@@ -128,7 +128,31 @@ def test_blocks_that_know_their_place_are_alike() -> None:
             return input
 
     student: Any = shallower(Numbered().eval(), INPUT, 0.5)
-    assert [block.layer_idx for block in student.blocks] == [0, 2]
+    assert [block.layer_idx for block in student.blocks] == [1, 3]
+
+
+def test_an_activation_used_many_times_counts_where_it_stands() -> None:
+    """One ReLU between all blocks: two of four blocks go with theirs."""
+    relu = nn.ReLU()
+    module = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(4, 4), relu)), nn.Linear(4, 2)).eval()
+    student: Any = shallower(module, INPUT, 0.5)
+    assert [type(part).__name__ for part in student] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+
+
+def test_layers_side_by_side_stay_though_their_shapes_fit() -> None:
+    """Each reads a part of the input of its own: without one of them the student would be blind to that part."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Linear(4, 2)
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+            answer: Tensor = self.head(sum(part(input.roll(at, 1)) for at, part in enumerate(self.parts)))
+            return answer
+
+    with pytest.raises(RecipeRejected, match="no repeated blocks"):
+        shallower(Beside().eval(), INPUT, 0.5)
 
 
 class Reading(nn.Module):

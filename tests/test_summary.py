@@ -229,3 +229,10 @@ def test_the_benchmarks_table_is_ordered_by_speed_and_its_best_is_of_benefit() -
     assert techniques.best(given, {"a-slow": found["a-slow"]}, 4.0).startswith(
         "No variant passed the gate and is of benefit"
     )
+
+
+def test_of_equal_proofs_the_faster_one_counts() -> None:
+    """Noise at one batch size does not save a variant that another outruns."""
+    values = measured(slow={"onnxruntime": latencies(100, 200, 400)}, fast={"onnxruntime": latencies(50, 100, 405)})
+    cards = {"fp32": FP32, "slow": card("slow"), "fast": card("fast")}
+    assert list(not_worth_keeping(cards, speeds(values, cards))) == ["slow"]

@@ -15,7 +15,7 @@ from training_fixtures import config, lesson, points
 
 from variants.data import Samples
 from variants.recipes.recipe import Ingredients, RecipeRejected
-from variants.recipes.training.fit import Batch, Batches, effort, finetune, fit, tensors_of
+from variants.recipes.training.fit import Batch, Batches, answers_to, effort, finetune, fit, tensors_of
 from variants.recipes.training.mixed_precision import MixedPrecision
 
 Recover = Literal["finetune", "distill"]
@@ -51,6 +51,33 @@ def test_only_class_numbers_are_learnt_as_classes(tmp_path: Path, task: str, met
     given = lesson(teacher, samples, tmp_path, config(task, metric=metric))
     assert torch.equal(taught(teacher, teacher, given, "distill"), teacher.weight) is not learns
     assert torch.equal(taught(teacher, teacher, given, "finetune"), teacher.weight) is not learns
+
+
+def test_answers_without_a_gradient_are_a_reason(tmp_path: Path) -> None:
+    """A module that computes under `no_grad` cannot learn, and the person is told so."""
+
+    class Still(nn.Linear):
+        @torch.no_grad()
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the data's name
+            return super().forward(input)
+
+    teacher = Still(4, 2)
+    with pytest.raises(RecipeRejected, match=r"no gradient.*cannot be trained"):
+        finetune(copy.deepcopy(teacher), teacher, lesson(teacher, points(), tmp_path))
+
+
+def test_inputs_that_a_module_changes_are_its_own(tmp_path: Path) -> None:
+    """In-place arithmetic at the beginning of `forward` reaches nobody else's inputs."""
+
+    class Changing(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the data's name
+            return super().forward(input.mul_(3))
+
+    given = lesson(linear(), points(), tmp_path)
+    (batch, *_) = Batches(linear(), given).shuffled(np.random.default_rng(0))
+    before = batch.inputs[0].clone()
+    answers_to(batch, Changing(4, 2))
+    assert torch.equal(batch.inputs[0], before)
 
 
 def test_a_regression_may_have_whole_numbers_as_targets(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from recipe_fixtures import ingredients, product_graph
 
 from variants.data import Samples
@@ -26,6 +26,21 @@ def test_a_source_in_half_precision_is_rejected_by_its_name(tmp_path: Path, name
     onnx.save(model, graph)
     recipe, samples = RECIPES[name], Samples({"x": np.ones((2, 64), np.float16)})
     with pytest.raises(RecipeRejected, match=r"16-bit weights.*give the fp32 model"):
+        recipe.make(ingredients(graph, tmp_path, samples), recipe.parameters())
+
+
+@pytest.mark.parametrize("name", ["int8-dynamic", "int8-static"])
+def test_a_constant_in_half_precision_is_seen(tmp_path: Path, name: str) -> None:
+    """A weight in a Constant node is a weight."""
+    graph = product_graph(tmp_path / "g.onnx", np.eye(64))
+    model = onnx.load(graph)
+    del model.graph.initializer[:]
+    half = numpy_helper.from_array(np.eye(64, dtype=np.float16), "half")
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["half"], value=half))
+    model.graph.node.insert(1, helper.make_node("Cast", ["half"], ["w"], to=TensorProto.FLOAT))
+    onnx.save(model, graph)
+    recipe, samples = RECIPES[name], Samples({"x": np.ones((2, 64), np.float32)})
+    with pytest.raises(RecipeRejected, match="16-bit weights"):
         recipe.make(ingredients(graph, tmp_path, samples), recipe.parameters())
 
 

@@ -41,6 +41,10 @@ class Cost:
     flops: int
 
 
+_MOST_STEPS = 2**31
+"""More are no number of steps: exporters write a `while` as a loop of the largest count there is."""
+
+
 def cost_of(artefact: Path) -> Cost:
     """Measure an ONNX file."""
     model = onnx.load(artefact)
@@ -156,7 +160,8 @@ def _macs_of_node(node: onnx.NodeProto, shapes: Mapping[str, Shape], counts: Map
 def _times(node: onnx.NodeProto, shapes: Mapping[str, Shape], counts: Mapping[str, int]) -> int:
     """How often a node's inner graph runs, 1 where that is not known."""
     if node.op_type == "Loop":
-        return counts.get(node.input[0], 1)
+        steps = counts.get(node.input[0], 1)
+        return steps if steps <= _MOST_STEPS else 1
     if node.op_type != "Scan":
         return 1
     scanned = _attribute(node, "num_scan_inputs", 1)

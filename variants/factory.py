@@ -68,7 +68,7 @@ class Factory:
         label = f"{self.version.model.name} {planned.name}"
         with self.reporter.step(label) as advance:
             card, files, crashed = self._attempt(planned, advance)
-            if crashed and kept_product(self.version, planned) is not None:
+            if crashed and self._stands(planned.name):
                 self.version.doubt(planned.name)
                 said = f"{card.gate.reason}; what was made before stays"
                 self.reporter.line(f"{label}: {said}")
@@ -82,6 +82,14 @@ class Factory:
             self.version.write_variant(card, files, entry)
         self.reporter.line(f"{label}: {card.gate.verdict}: {card.gate.reason}")
         return card.gate.reason if crashed else None
+
+    def _stands(self, name: str) -> bool:
+        """Whether a variant is there that is sound, and whose evidence still holds."""
+        try:
+            card = self.version.card(name) if name in self.version.manifest().variants else None
+        except RepositoryError:  # damaged
+            return False
+        return card is not None and card.artefact is not None
 
     def _parent(self, card: Card) -> Path:
         """What a variant was made from: the reference's artefact, or for the reference the source as it was given."""
@@ -230,9 +238,13 @@ def _refuse_labels(version: VersionFolder, source: Source, data: DataSets) -> No
         section, samples = getattr(config, name), getattr(data, name)
         if section is None or samples is None or samples.target is None:
             continue
-        labels = samples.target
+        labels, path = samples.target, version.resolve(section.data)
+        if classes == (1,):
+            raise RepositoryError(
+                f"{path}: array {section.target!r} holds classes, but the model has a single output: give it one "
+                "output per class, or say another `task` and `metric`"
+            )
         if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes[0]:
-            path = version.resolve(section.data)
             raise RepositoryError(f"{path}: array {section.target!r} must hold class numbers 0..{classes[0] - 1}")
 
 

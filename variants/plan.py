@@ -29,7 +29,7 @@ from variants.model_config import (
     one_line,
 )
 from variants.recipes import RECIPES
-from variants.recipes.chain import Step
+from variants.recipes.chain import Step, free_name
 from variants.recipes.recipe import Product
 from variants.repository import VersionFolder, file_sha256
 from variants.variant import REFERENCE
@@ -72,9 +72,9 @@ class Planned:
     @property
     def parameters(self) -> dict[str, object]:
         """What was asked for, as the card has it: by step where there are several."""
-        asked: dict[str, dict[str, object]] = {
-            step.name: step.parameters.model_dump(mode="json") for step in self.steps
-        }
+        asked: dict[str, dict[str, object]] = {}
+        for step in self.steps:
+            asked[free_name(step.name, asked)] = step.parameters.model_dump(mode="json")
         return dict(asked) if len(self.steps) > 1 else asked[self.steps[0].name]
 
 

@@ -150,7 +150,7 @@ def dominated(standing: Mapping[str, tuple[float, Speed]]) -> dict[str, str]:
     """Which variants, by drop and speed, another one makes pointless."""
     reasons: dict[str, str] = {}
     front: list[str] = []
-    for name, (_, speed) in sorted(standing.items(), key=lambda own: (own[1][0], -max(own[1][1].speed_ups.values()))):
+    for name, (_, speed) in sorted(standing.items(), key=lambda own: (own[1][0], -_overall(own[1][1]))):
         better = next((other for other in front if _is_no_slower(standing[other][1], speed)), None)
         if better is None:
             front.append(name)
@@ -164,6 +164,11 @@ def proven_drop(card: Card, runtime: str) -> float:
     if card.variant == REFERENCE:
         return 0.0
     return card.runtimes[runtime].accuracy_drop.high if runtime in card.runtimes else math.inf
+
+
+def _overall(speed: Speed) -> float:
+    """One figure for all batch sizes, larger for whoever is no slower at any of them."""
+    return sum(math.log(ratio) for ratio in speed.speed_ups.values() if ratio > 0)
 
 
 def _is_no_slower(one: Speed, other: Speed) -> bool:

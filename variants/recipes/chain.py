@@ -74,11 +74,11 @@ def _with_history(steps: Sequence[Step], made: Made, last: Product) -> Product:
     findings: dict[str, object] = {}
     for position, step in enumerate(steps):
         product = made[json.dumps([each.facts() for each in steps[: position + 1]])]
-        facts[_free(step.name, facts)] = step.parameters.model_dump(mode="json") | dict(product.facts)
-        findings |= {_free(name, findings): finding for name, finding in product.findings.items()}
+        facts[free_name(step.name, facts)] = step.parameters.model_dump(mode="json") | dict(product.facts)
+        findings |= {free_name(name, findings): finding for name, finding in product.findings.items()}
     return replace(last, facts=facts, findings=findings)
 
 
-def _free(name: str, taken: Container[str]) -> str:
+def free_name(name: str, taken: Container[str]) -> str:
     """The name, or the first free one of `name 2`, `name 3` and so on."""
     return name if name not in taken else next(each for n in count(2) if (each := f"{name} {n}") not in taken)

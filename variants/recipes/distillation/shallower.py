@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from variants.recipes.distillation.succession import Succession
 from variants.recipes.recipe import RecipeRejected
 from variants.recipes.training.fit import tensors_of
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -27,8 +28,8 @@ def shallower(module: nn.Module, tensors: dict[str, Any], depth: float) -> nn.Mo
     Blocks keep their weights. `tensors` are example inputs. Raises RecipeRejected when no block can go.
     """
     changed = module
-    removable = list(_removable(module, "", depth, _shapes_through(module, tensors)))
-    for path, gone in reversed(removable):  # from the back: removal renumbers what follows
+    removable = dict(_removable(module, Succession(module, tensors), depth))
+    for path, gone in reversed(removable.items()):  # from the back: removal renumbers what follows
         changed = _without(changed, path, gone, tensors)
     for path, layers in _recurrent(changed, depth):
         changed = _with_layers(changed, path, layers, tensors)
@@ -39,55 +40,26 @@ def shallower(module: nn.Module, tensors: dict[str, Any], depth: float) -> nn.Mo
     return changed
 
 
-Passing = Mapping[str, tuple["torch.Size", "torch.Size"]]
-"""What goes in and out of each layer that runs, by its path."""
-
-
-def _shapes_through(module: nn.Module, tensors: dict[str, Any]) -> Passing:
-    """The shapes of each layer's first input and first answer."""
-    import torch
-
-    found: dict[str, tuple[torch.Size, torch.Size]] = {}
-
-    def listener(path: str) -> Any:
-        def note(_layer: nn.Module, inputs: Any, named: Any, answer: Any) -> None:
-            given: Any = next(iter([*inputs, *named.values()]), None)
-            gives: Any = next(iter(tensors_of(answer)), None)
-            if isinstance(given, torch.Tensor) and isinstance(gives, torch.Tensor):
-                found[path] = (given.shape, gives.shape)
-
-        return note
-
-    layers = list(module.named_modules())
-    handles = [layer.register_forward_hook(listener(path), with_kwargs=True) for path, layer in layers]
-    try:
-        with torch.no_grad():
-            module(*tensors.values())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _removable(module: nn.Module, path: str, depth: float, passing: Passing) -> Iterator[tuple[str, list[int]]]:
+def _removable(module: nn.Module, succession: Succession, depth: float) -> Iterator[tuple[str, list[int]]]:
     """The containers by path, with the positions of the children that go; inside a repeated block nothing goes."""
     from torch import nn
 
-    children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+    is_container = isinstance(module, (nn.Sequential, nn.ModuleList))
+    inside: Any = module if is_container else module.children()
+    children = list(inside)  # a container counts one that it holds twice
     repeated: set[int] = set()
     gone: list[int] = []
-    if isinstance(module, (nn.Sequential, nn.ModuleList)):
-        for start, period, times in _repeats(_kinds([child for _, child in children])):
-            repeated.update(range(start, start + period * times))
-            starts = [start + period * i for i in range(times) if i not in _spread(times, depth)]
-            shapes = [(passing.get(children[at][0]), passing.get(children[at + period - 1][0])) for at in starts]
-            if all(first and last and first[0] == last[1] for first, last in shapes):
-                gone += [at + j for at in starts for j in range(period)]
+    for start, period, times in _repeats(_kinds(children)) if is_container else ():
+        repeated.update(range(start, start + period * times))
+        groups = [range(at, at + period) for at in range(start, start + period * times, period)]
+        if succession.joins([[children[at] for at in group] for group in groups]):
+            kept = _spread(times, depth)
+            gone += [at for number, group in enumerate(groups) if number not in kept for at in group]
     if gone:
-        yield path, gone
-    for position, (inner, child) in enumerate(children):
+        yield succession.paths[module], gone
+    for position, child in enumerate(children):
         if position not in repeated:
-            yield from _removable(child, inner, depth, passing)
+            yield from _removable(child, succession, depth)
 
 
 Kind = tuple[str, str, tuple[tuple[int, ...], ...]]
@@ -96,13 +68,15 @@ Kind = tuple[str, str, tuple[tuple[int, ...], ...]]
 def _kinds(layers: Sequence[nn.Module]) -> list[Kind]:
     """What alike blocks have in common: how they print, their plain attributes, and the shapes of their weights.
 
-    An attribute by which every block knows its own place says nothing: transformers have it for their caches.
+    A number that rises by one from block to block says nothing: transformers have it for their caches.
     """
     attributes = [_attributes(layer) for layer in layers]
+    numbered: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for at, own in enumerate(attributes):
+        for name, value in own.items():
+            numbered[name].append(value - at if type(value) is int else None)
     places = {
-        name
-        for name in (attributes[0] if len(attributes) > 1 else {})
-        if all(type(each.get(name)) is int and each[name] == at for at, each in enumerate(attributes))
+        name for name, starts in numbered.items() if len(starts) > 1 and None not in starts and len({*starts}) == 1
     }
     return [
         (

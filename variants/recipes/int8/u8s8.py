@@ -5,6 +5,7 @@ Signed activations are never used on a CPU: on x86 their kernels are up to five 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -12,18 +13,25 @@ import onnx
 from variants.hardware import Hardware, needs_reduced_range
 from variants.model_config import Section
 from variants.recipes.recipe import RecipeRejected
+from variants.runtimes.onnx_signature import nested_graphs
 
 MATRIX_OPERATORS = ("MatMul", "Gemm")
-
 
 _SIXTEEN_BITS = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
 def refuse_sixteen_bits(graph: Path) -> None:
     """Raise RecipeRejected for a source in half precision: a CPU computes it in fp32 and would gain nothing sound."""
-    weights = onnx.load(graph, load_external_data=False).graph.initializer
+    weights = _stored(onnx.load(graph, load_external_data=False).graph)
     if any(weight.data_type in _SIXTEEN_BITS and len(weight.dims) > 1 for weight in weights):
         raise RecipeRejected("the source has 16-bit weights; int8 is made from fp32 ones: give the fp32 model")
+
+
+def _stored(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every constant of a graph and of those inside it, be it a weight or what a Constant node says."""
+    for inner in nested_graphs(graph):
+        yield from inner.initializer
+        yield from (a.t for node in inner.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR)
 
 
 class Int8(Section):

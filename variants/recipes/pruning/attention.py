@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -90,15 +92,18 @@ def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Te
 
 
 def with_plain_attention(module: nn.Module) -> None:
-    """Put `Attention` in place of torch's, wherever its form is known: no extra key, value or zero.
+    """Put `Attention` in place of torch's, wherever its form is known: no extra key, value or zero, no tied weights.
 
     What several places share they share afterwards too.
     """
     made: dict[nn.Module, Attention] = {}
+    holders = Counter(id(weight) for part in module.modules() for weight in part.parameters(recurse=False))
     for path, part in list(module.named_modules(remove_duplicate=False)):
         if isinstance(part, nn.TransformerEncoder):
             part.use_nested_tensor = False  # nested tensors know torch's own attention only
-        if path and isinstance(part, nn.MultiheadAttention) and part.bias_k is None and not part.add_zero_attn:
+        if not path or not isinstance(part, nn.MultiheadAttention) or part.bias_k is not None or part.add_zero_attn:
+            continue
+        if all(holders[id(weight)] == 1 for weight in part.parameters()):
             made[part] = made.get(part) or Attention(part)
             parent, _, name = path.rpartition(".")
             setattr(module.get_submodule(parent), name, made[part])

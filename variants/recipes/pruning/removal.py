@@ -22,7 +22,7 @@ from variants.recipes.training.fit import tensors_of
 _LEAST = 1e-12
 """Answers below this count as zero."""
 _MOST_NUMBERS = 3
-"""How many attributes of a module may have to change together."""
+"""How many attributes of a module are tried in every combination, before all of them together."""
 
 Numbers = Mapping[str, int]
 """What attributes become, by their names."""
@@ -141,6 +141,9 @@ def _choices(owners: Sequence[nn.Module], changes: set[tuple[int, int]]) -> Iter
     )
     for count in range(min(_MOST_NUMBERS, len(single)) + 1):
         yield [numbers for chosen in combinations(single, count) if len(numbers := dict(chosen)) == count]
+    everything = dict(list(single))
+    if len(everything) == len(single) > _MOST_NUMBERS:
+        yield [everything]
 
 
 def _renumber(owners: Sequence[nn.Module], numbers: Numbers, changes: set[tuple[int, int]]) -> None:

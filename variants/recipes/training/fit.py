@@ -89,7 +89,8 @@ class Batch:
 
 def answers_to(batch: Batch, learner: nn.Module) -> list[torch.Tensor]:
     """What a module in training answers. Raises RecipeRejected where it is not one answer for each of the teacher's."""
-    answers, wanted = tensors_of(learner(*batch.inputs)), len(batch.wanted) or 1
+    inputs = (tensor.clone() for tensor in batch.inputs)  # a module may change what it is given
+    answers, wanted = tensors_of(learner(*inputs)), len(batch.wanted) or 1
     if len(answers) != wanted:
         raise RecipeRejected(
             f"in training it gives {len(answers)} outputs and in use {wanted}: nobody knows what auxiliary ones should "
@@ -147,7 +148,12 @@ def fit(
         for batch in batches.shuffled(generator, precision.device):
             with _enough_samples(), precision.autocast():
                 parts = loss(batch)
-            taken.append(precision.step(torch.stack(list(parts.values())).sum(), optimiser))
+            total = torch.stack(list(parts.values())).sum()
+            if not total.requires_grad:
+                raise RecipeRejected(
+                    "its answers have no gradient, as those of an argmax or under `torch.no_grad`: it cannot be trained"
+                )
+            taken.append(precision.step(total, optimiser))
             if taken[-1]:
                 schedule.step()
             losses.append({name: part.detach() for name, part in parts.items()})
