@@ -98,4 +98,4 @@ def make_variants(folder: Path) -> list[str]:
     planned = plan(version, hardware, quick=False)
     with importable(folder), TemporaryDirectory() as work:
         factory = open_factory(version, planned[0], hardware, Path(work), Options(), Reporter())
-        return [each.name for each in planned if not factory.make(each)]
+        return [each.name for each in planned if factory.make(each) is not None]
