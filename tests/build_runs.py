@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,8 @@ import variants.plan
 from variants.build import build
 from variants.progress import Reporter
 from variants.recipes import RECIPES
-from variants.recipes.recipe import Recipe
+from variants.recipes.chain import Step, run_chain
+from variants.recipes.recipe import Product, Recipe
 from variants.repository import ModelFolder
 from variants.variant import Card
 
@@ -47,3 +48,14 @@ def stamps(model: Path) -> dict[str, int]:
 def with_recipe(monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[..., Any]) -> None:
     """Put a recipe in place of a real one."""
     monkeypatch.setattr(variants.plan, "RECIPES", MappingProxyType({**RECIPES, name: Recipe(make)}))
+
+
+def ending(patch: pytest.MonkeyPatch, error: BaseException, *recipes: str) -> None:
+    """Let these recipes, or else every one, end this way; what they are made from does not change by that."""
+
+    def run_or_end(steps: Sequence[Step], *given: Any) -> Product:
+        if not recipes or any(step.name in recipes for step in steps):
+            raise error
+        return run_chain(steps, *given)
+
+    patch.setattr("variants.factory.run_chain", run_or_end)

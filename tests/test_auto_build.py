@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from build_runs import cards, run, stamps
+from build_runs import cards, ending, run, stamps
 from factory_fixtures import MODEL_YAML, Built, build_in_process
 
 from variants.attempts import FILE, Attempt, End, Record, read_record, write_record
 from variants.auto import OUT_OF_BUDGET
 from variants.factory import Options
-from variants.recipes.chain import Step, run_chain
-from variants.recipes.recipe import Product
 from variants.repository import ModelFolder
 from variants.summary import not_worth_keeping
 from variants.variant import Verdict
@@ -69,17 +67,6 @@ def variants(model: Path) -> set[str]:
     """The folders on the disk, of which each is whole."""
     assert set(cards(model)) == {path.name for path in (model / "1/variants").iterdir()}
     return set(cards(model))
-
-
-def ending(patch: pytest.MonkeyPatch, error: BaseException, *recipes: str) -> None:
-    """Let these recipes, or else every one, end this way; what they are made from does not change by that."""
-
-    def run_or_end(steps: Sequence[Step], *given: Any) -> Product:
-        if not recipes or any(step.name in recipes for step in steps):
-            raise error
-        return run_chain(steps, *given)
-
-    patch.setattr("variants.factory.run_chain", run_or_end)
 
 
 def test_auto_says_what_it_tried_and_keeps_what_stood(settled: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from build_runs import cards, run, stamps, with_recipe
+from build_runs import cards, ending, run, stamps, with_recipe
 from factory_fixtures import Built
 
 from variants.factory import Options
@@ -132,3 +132,28 @@ def test_a_partial_build_does_not_vouch_for_the_rest(onnx_digits: Path) -> None:
     assert set(cards(onnx_digits)) == {"fp32", "pruned-unstructured"}
     assert run(onnx_digits)[0] == 0
     assert set(cards(onnx_digits)) == {"fp32", "int8-dynamic", "pruned-unstructured"}
+
+
+def test_after_a_crash_nothing_else_answers_under_a_name(onnx_digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made before stays if it is what is asked for and sound; not with other parameters, and not damaged."""
+    yaml = (onnx_digits / "model.yaml").read_text().split("variants:")[0]
+    named = "variants: [fp32, {{name: mine, recipe: prune-unstructured, sparsity: {sparsity}}}]"
+
+    def ask(sparsity: float) -> None:
+        (onnx_digits / "model.yaml").write_text(yaml + named.format(sparsity=sparsity))
+
+    ask(0.5)
+    assert run(onnx_digits)[0] == 0
+    ending(monkeypatch, ValueError("boom"), "prune-unstructured")
+    assert run(onnx_digits, options=Options(force=True))[0] == 1
+    assert cards(onnx_digits)["mine"].artefact == "model.onnx"
+    artefact = onnx_digits / "1/variants/mine/model.onnx"
+    artefact.write_bytes(artefact.read_bytes()[:-1])
+    assert run(onnx_digits, options=Options(force=True))[0] == 1
+    assert cards(onnx_digits)["mine"].artefact is None, "it was damaged"
+    monkeypatch.undo()
+    assert run(onnx_digits)[0] == 0
+    ending(monkeypatch, ValueError("boom"), "prune-unstructured")
+    ask(0.7)
+    assert run(onnx_digits)[0] == 1
+    assert cards(onnx_digits)["mine"].artefact is None, "it had other parameters"

@@ -44,6 +44,20 @@ def test_a_constant_in_half_precision_is_seen(tmp_path: Path, name: str) -> None
         recipe.make(ingredients(graph, tmp_path, samples), recipe.parameters())
 
 
+def test_a_small_constant_in_half_precision_is_no_weight(tmp_path: Path) -> None:
+    """A row that an fp32 model keeps in 16 bits says nothing about its weights."""
+    graph = product_graph(tmp_path / "g.onnx", np.eye(256))
+    model = onnx.load(graph)
+    model.graph.node[0].output[0] = "product"
+    half = numpy_helper.from_array(np.ones((1, 256), np.float16), "half")
+    model.graph.node.append(helper.make_node("Constant", [], ["half"], value=half))
+    model.graph.node.append(helper.make_node("Cast", ["half"], ["row"], to=TensorProto.FLOAT))
+    model.graph.node.append(helper.make_node("Add", ["product", "row"], ["y"]))
+    onnx.save(model, graph)
+    recipe = RECIPES["int8-dynamic"]
+    assert recipe.make(ingredients(graph, tmp_path), recipe.parameters()).facts["quantised_layers"] == 1
+
+
 @pytest.mark.parametrize("name", ["int8-dynamic", "int8-dynamic-per-tensor"])
 def test_an_absent_bias_may_have_an_empty_name(tmp_path: Path, name: str) -> None:
     """ONNX lets an optional last input be written as an empty name."""

@@ -43,3 +43,10 @@ def points(count: int = 64, width: int = 4, seed: int = 0) -> Samples:
     """Random inputs [count, width] with class numbers that say on which side of zero each one's sum is."""
     inputs = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
     return Samples({"input": inputs}, (inputs.sum(axis=1) > 0).astype(np.int64))
+
+
+def stack(blocks: int) -> nn.Sequential:
+    """A network of blocks that do not change the shape, between an entrance and a head."""
+    torch.manual_seed(0)
+    repeated = [layer for _ in range(blocks) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    return nn.Sequential(nn.Linear(4, 8), *repeated, nn.Linear(8, 2)).eval()

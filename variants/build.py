@@ -200,7 +200,7 @@ def _attempt(
         return Attempt(variant.entry, End.NOT_TRIED, obstacle)
     if is_late:
         return replace(_judged(version, variant, ""), end=End.OUT_OF_BUDGET, reason=OUT_OF_BUDGET)
-    crash = factory.make(planned)
+    crash = factory.make(planned, spares_proven=True)
     attempt = replace(_judged(version, variant, planned.fingerprint), seconds=round(time.monotonic() - started, 1))
     return replace(attempt, end=End.CRASHED, reason=crash) if crash else attempt
 

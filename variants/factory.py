@@ -19,6 +19,7 @@ from variants.benchmark import measure_variants
 from variants.cost import cost_of
 from variants.data import DataSets, match_sets, read_files, spread, targets_of
 from variants.hardware import Hardware, needs_reduced_range
+from variants.labels import refuse_labels
 from variants.measurements import write_measurements
 from variants.model_config import ModelConfig, RepositoryError
 from variants.plan import Planned, kept_product
@@ -63,12 +64,15 @@ class Factory:
     reporter: Reporter
     made: Made = field(default_factory=dict)
 
-    def make(self, planned: Planned) -> str | None:
-        """Build, evaluate, gate and write one variant; returns how its recipe crashed, None if it did not."""
+    def make(self, planned: Planned, *, spares_proven: bool = False) -> str | None:
+        """Build, evaluate, gate and write one variant; returns how its recipe crashed, None if it did not.
+
+        After a crash what an earlier build made of the same things stays; with `spares_proven` whatever is proven does.
+        """
         label = f"{self.version.model.name} {planned.name}"
         with self.reporter.step(label) as advance:
             card, files, crashed = self._attempt(planned, advance)
-            if crashed and self._stands(planned.name):
+            if crashed and (kept_product(self.version, planned) or (spares_proven and self._is_proven(planned.name))):
                 self.version.doubt(planned.name)
                 said = f"{card.gate.reason}; what was made before stays"
                 self.reporter.line(f"{label}: {said}")
@@ -83,13 +87,14 @@ class Factory:
         self.reporter.line(f"{label}: {card.gate.verdict}: {card.gate.reason}")
         return card.gate.reason if crashed else None
 
-    def _stands(self, name: str) -> bool:
-        """Whether a variant is there that is sound, and whose evidence still holds."""
+    def _is_proven(self, name: str) -> bool:
+        """Whether a variant of this name is there and sound, and its evidence still holds."""
         try:
             card = self.version.card(name) if name in self.version.manifest().variants else None
+            files = [self.version.artefact(name, file) for file in card.artefacts] if card else []
         except RepositoryError:  # damaged
             return False
-        return card is not None and card.artefact is not None
+        return bool(files)
 
     def _parent(self, card: Card) -> Path:
         """What a variant was made from: the reference's artefact, or for the reference the source as it was given."""
@@ -216,7 +221,7 @@ def open_factory(
         example = {name: array[:_EXAMPLES] for name, array in first.items() if name not in targets}
         source = open_source(version, example or None, work)
         data = match_sets(version, files, source.sample_specs)
-        _refuse_labels(version, source, data)
+        refuse_labels(version, source, data)
     if not options.force and kept_product(version, reference) is not None:
         served = version.artefact(REFERENCE, "model.onnx")  # which children must descend from
         source = replace(source, graph=served)
@@ -227,25 +232,6 @@ def open_factory(
     verifier = Verifier(config, data.evaluation, source.graph, source.max_batch, runtimes, hardware)
     trial = _trial(source, data, config, hardware)
     return Factory(version, hardware, source, data, verifier, work, trial, options, reporter)
-
-
-def _refuse_labels(version: VersionFolder, source: Source, data: DataSets) -> None:
-    """Raise RepositoryError for targets that name a class which the model has not, before anything is made."""
-    config, classes = version.model.config, source.signature.outputs[0].shape[-1:]
-    if not (config.task == "classification" or config.metric in ("top1", "macro_f1")) or classes in ((), (-1,)):
-        return
-    for name in ("evaluation", "training", "tuning"):
-        section, samples = getattr(config, name), getattr(data, name)
-        if section is None or samples is None or samples.target is None:
-            continue
-        labels, path = samples.target, version.resolve(section.data)
-        if classes == (1,):
-            raise RepositoryError(
-                f"{path}: array {section.target!r} holds classes, but the model has a single output: give it one "
-                "output per class, or say another `task` and `metric`"
-            )
-        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= classes[0]:
-            raise RepositoryError(f"{path}: array {section.target!r} must hold class numbers 0..{classes[0] - 1}")
 
 
 def _trial(source: Source, data: DataSets, config: ModelConfig, hardware: Hardware) -> Trial | None:

@@ -1,14 +1,15 @@
 """A shallower student: of the blocks that a network repeats, only some are left.
 
 Rules of this file: blocks are repeated where a Sequential or a ModuleList holds alike ones, one after another or in
-alike groups, and each answers in the shape that it is given; a recurrent layer repeats itself `num_layers` times. What
-does not run without them, keeps them.
+alike groups, each answers in the shape that it is given, and the next one needs its answer; a recurrent layer repeats
+itself `num_layers` times. What does not run without them, keeps them.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -46,35 +47,41 @@ def _removable(module: nn.Module, succession: Succession, depth: float) -> Itera
 
     is_container = isinstance(module, (nn.Sequential, nn.ModuleList))
     inside: Any = module if is_container else module.children()
-    children = list(inside)  # a container counts one that it holds twice
+    children: list[nn.Module | None] = list(inside)  # a container counts one that it holds twice, and gaps
     repeated: set[int] = set()
     gone: list[int] = []
     for start, period, times in _repeats(_kinds(children)) if is_container else ():
         repeated.update(range(start, start + period * times))
         groups = [range(at, at + period) for at in range(start, start + period * times, period)]
-        if succession.joins([[children[at] for at in group] for group in groups]):
+        blocks = [[block for at in group if (block := children[at]) is not None] for group in groups]
+        if all(blocks) and succession.joins(blocks):
             kept = _spread(times, depth)
             gone += [at for number, group in enumerate(groups) if number not in kept for at in group]
     if gone:
         yield succession.paths[module], gone
     for position, child in enumerate(children):
-        if position not in repeated:
+        if child is not None and position not in repeated:
             yield from _removable(child, succession, depth)
 
+
+_PLACE = re.compile("idx|index|number|position|layer|block|_id$")
+"""The names of attributes by which a block may know its place."""
 
 Kind = tuple[str, str, tuple[tuple[int, ...], ...]]
 
 
-def _kinds(layers: Sequence[nn.Module]) -> list[Kind]:
+def _kinds(layers: Sequence[nn.Module | None]) -> list[Kind]:
     """What alike blocks have in common: how they print, their plain attributes, and the shapes of their weights.
 
-    A number that rises by one from block to block says nothing: transformers have it for their caches.
+    A number that says so by its name and rises by one from block to block says nothing: transformers have it for their
+    caches.
     """
     attributes = [_attributes(layer) for layer in layers]
     numbered: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for at, own in enumerate(attributes):
         for name, value in own.items():
-            numbered[name].append(value - at if type(value) is int else None)
+            is_place = type(value) is int and _PLACE.search(name[1])
+            numbered[name].append(value - at if is_place else None)
     places = {
         name for name, starts in numbered.items() if len(starts) > 1 and None not in starts and len({*starts}) == 1
     }
@@ -82,15 +89,15 @@ def _kinds(layers: Sequence[nn.Module]) -> list[Kind]:
         (
             repr(layer),
             repr([(name, value) for name, value in own.items() if name not in places]),
-            tuple(tuple(value.shape) for value in layer.state_dict().values()),
+            tuple(tuple(value.shape) for value in layer.state_dict().values()) if layer is not None else (),
         )
         for layer, own in zip(layers, attributes, strict=True)
     ]
 
 
-def _attributes(layer: nn.Module) -> dict[tuple[str, str], Any]:
+def _attributes(layer: nn.Module | None) -> dict[tuple[str, str], Any]:
     """The plain attributes of a layer and of those inside it."""
-    named = layer.named_modules()
+    named = layer.named_modules() if layer is not None else ()
     return {(path, name): value for path, each in named for name, value in vars(each).items() if _is_plain(value)}
 
 
@@ -125,7 +132,7 @@ def _without(module: nn.Module, path: str, gone: Sequence[int], tensors: dict[st
     container: Any = smaller.get_submodule(path)
     for position in sorted(gone, reverse=True):
         del container[position]
-    return smaller if _shapes(smaller, tensors) == _shapes(module, tensors) else module
+    return smaller if _answers_alike(smaller, module, tensors) else module
 
 
 def _recurrent(module: nn.Module, depth: float) -> list[tuple[str, int]]:
@@ -154,7 +161,13 @@ def _with_layers(module: nn.Module, path: str, layers: int, tensors: dict[str, A
     own = new.state_dict()
     new.load_state_dict({name: value for name, value in old.state_dict().items() if name in own})
     smaller.set_submodule(path, new.train(old.training))
-    return smaller if _shapes(smaller, tensors) == _shapes(module, tensors) else module
+    return smaller if _answers_alike(smaller, module, tensors) else module
+
+
+def _answers_alike(smaller: nn.Module, module: nn.Module, tensors: dict[str, Any]) -> bool:
+    """Whether the smaller module runs and gives answers of the same shapes."""
+    shapes = _shapes(smaller, tensors)
+    return shapes is not None and shapes == _shapes(module, tensors)
 
 
 def _shapes(module: nn.Module, tensors: dict[str, Any]) -> list[tuple[int, ...]] | None:
@@ -163,6 +176,7 @@ def _shapes(module: nn.Module, tensors: dict[str, Any]) -> list[tuple[int, ...]]
 
     try:
         with torch.no_grad():
-            return [tuple(answer.shape) for answer in tensors_of(module(*tensors.values()))]
+            answers = tensors_of(module(*(tensor.clone() for tensor in tensors.values())))
+            return [tuple(answer.shape) for answer in answers]
     except Exception:  # a module that counts on its blocks fails in its own way
         return None

@@ -28,10 +28,11 @@ def refuse_sixteen_bits(graph: Path) -> None:
 
 
 def _stored(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every constant of a graph and of those inside it, be it a weight or what a Constant node says."""
+    """The weights of a graph and of those inside it, and what Constant nodes say that are as large as one."""
     for inner in nested_graphs(graph):
         yield from inner.initializer
-        yield from (a.t for node in inner.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR)
+        tensors = (a.t for node in inner.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR)
+        yield from (tensor for tensor in tensors if min(tensor.dims, default=1) > 1)
 
 
 class Int8(Section):
