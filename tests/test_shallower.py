@@ -142,6 +142,36 @@ def test_layers_side_by_side_stay_in_a_loop_too() -> None:
         shallower(Rounds().eval(), INPUT, 0.5)
 
 
+def test_layers_side_by_side_stay_where_chance_plays_a_part() -> None:
+    """Noise that is drawn anew in every run is no sign that one layer needs another."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+            return torch.stack([part(nn.functional.dropout(input, 0.5)) for part in self.parts]).sum(0)
+
+    with pytest.raises(RecipeRejected, match="no repeated blocks"):
+        shallower(Noisy().eval(), INPUT, 0.5)
+
+
+def test_towers_side_by_side_lose_blocks_each() -> None:
+    """They do not follow one another, but what is in each of them does."""
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = nn.ModuleList(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))) for _ in range(2))
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+            return torch.stack([tower(input) for tower in self.towers]).sum(0)
+
+    student: Any = shallower(Towers().eval(), INPUT, 0.5)
+    assert [len(tower) for tower in student.towers] == [2, 2]
+
+
 class Answering(nn.Module):
     """A block that takes a mask before its input, both by name, and answers with a dictionary."""
 
@@ -163,9 +193,10 @@ def test_blocks_are_known_by_what_they_pass_on() -> None:
             self.blocks = nn.ModuleList([None, *(Answering() for _ in range(4))])  # type: ignore[list-item]
 
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
+            mask, hidden = torch.ones(2, 4, dtype=torch.long), input
             for block in self.blocks:
-                input = input if block is None else block(mask=torch.ones(4), hidden=input)["hidden"]  # noqa: A001
-            return input
+                hidden = hidden if block is None else block(mask=mask, hidden=hidden)["hidden"]
+            return hidden
 
     student: Any = shallower(Named().eval(), INPUT, 0.5)
     assert [block is None for block in student.blocks] == [True, False, False]
@@ -177,7 +208,7 @@ def test_a_number_that_means_something_is_no_place() -> None:
     class Dilated(nn.Conv1d):
         def __init__(self, far: int) -> None:
             super().__init__(4, 4, 3)
-            self.far = far
+            self.far = self.num_layers = far
 
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the data's name
             return nn.functional.conv1d(input, self.weight, self.bias, padding=self.far, dilation=self.far)

@@ -67,7 +67,8 @@ class Factory:
     def make(self, planned: Planned, *, spares_proven: bool = False) -> str | None:
         """Build, evaluate, gate and write one variant; returns how its recipe crashed, None if it did not.
 
-        After a crash what an earlier build made of the same things stays; with `spares_proven` whatever is proven does.
+        After a crash what an earlier build made of the same things stays; with `spares_proven` also what was made of
+        others, if it is sound and not stale.
         """
         label = f"{self.version.model.name} {planned.name}"
         with self.reporter.step(label) as advance:

@@ -51,10 +51,10 @@ def _removable(module: nn.Module, succession: Succession, depth: float) -> Itera
     repeated: set[int] = set()
     gone: list[int] = []
     for start, period, times in _repeats(_kinds(children)) if is_container else ():
-        repeated.update(range(start, start + period * times))
         groups = [range(at, at + period) for at in range(start, start + period * times, period)]
         blocks = [[block for at in group if (block := children[at]) is not None] for group in groups]
         if all(blocks) and succession.joins(blocks):
+            repeated.update(range(start, start + period * times))
             kept = _spread(times, depth)
             gone += [at for number, group in enumerate(groups) if number not in kept for at in group]
     if gone:
@@ -64,7 +64,7 @@ def _removable(module: nn.Module, succession: Succession, depth: float) -> Itera
             yield from _removable(child, succession, depth)
 
 
-_PLACE = re.compile("idx|index|number|position|layer|block|_id$")
+_PLACE = re.compile("(idx|index|number|position|layer|block|(^|_)id)$")
 """The names of attributes by which a block may know its place."""
 
 Kind = tuple[str, str, tuple[tuple[int, ...], ...]]

@@ -52,7 +52,7 @@ class Succession:
         return layer in disturbed and not _is_same(usual[layer][0], disturbed[layer][0])
 
     def _first_calls(self, paths: Iterable[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """What each layer is given and answers at its first call: of several inputs the one in the answer's shape."""
+        """What each layer is given and answers at its first call: of several inputs the one in the answer's form."""
         import torch
 
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -62,7 +62,7 @@ class Succession:
                 gives: Any = next(iter(tensors_of(answer)), None)
                 given = [value for value in (*inputs, *named.values()) if isinstance(value, torch.Tensor)]
                 if isinstance(gives, torch.Tensor) and given and path not in found:
-                    fitting = (value for value in given if value.shape == gives.shape)
+                    fitting = (v for v in given if (v.shape, v.dtype) == (gives.shape, gives.dtype))
                     found[path] = next(fitting, given[0]).clone(), gives
 
             return hear
@@ -70,7 +70,7 @@ class Succession:
         layers = [(self._copy.get_submodule(path), path) for path in paths]
         handles = [layer.register_forward_hook(listener(path), with_kwargs=True) for layer, path in layers]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), seeded():
                 self._copy(*(tensor.clone() for tensor in self._tensors.values()))
         finally:
             for handle in handles:
