@@ -9,7 +9,6 @@ not carry it. Printed per quarter of a second: requests, the share of each varia
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import urllib.request
 from collections import Counter
@@ -18,8 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.load import Answer, open_loop, percentile_ms, request
+from benchmarks.load import open_loop, percentile_ms, request
 from benchmarks.server import Serving, serving
+from server.arrivals import gamma_arrivals_ns
+from server.bench.load import run
+from server.bench.report import Ended, read
+from server.bench.requests import Planned
 
 WINDOW_S = 0.25
 
@@ -44,17 +47,17 @@ def main() -> None:
         burst_rate = options.burst * capacity(server, options.model, "fp32")
         due = arrivals([options.calm_rate, burst_rate, options.calm_rate], options.seconds, options.seed)
         print(f"calm {options.calm_rate:.0f}/s, burst {burst_rate:.0f}/s, SLO {options.latency_ms:g} ms")
-        answers = asyncio.run(open_loop(server.grpc, due, messages))
-    report(answers, options.seconds, options.latency_ms)
+        answers = run(open_loop(server.grpc, due, messages))
+    asked_ns = int(options.latency_ms * 1e6)
+    report([read(Planned(answer.due_ns, b"", b"", asked_ns), answer) for answer in answers], options.seconds)
 
 
-def arrivals(rates: Sequence[float], seconds: float, seed: int) -> list[float]:
-    """Poisson arrivals: one rate after another, each for so many seconds."""
-    generator = np.random.default_rng(seed)
-    due: list[float] = []
+def arrivals(rates: Sequence[float], seconds: float, seed: int) -> list[int]:
+    """Poisson arrivals in ns: one rate after another, each for so many seconds."""
+    due: list[int] = []
     for phase, rate in enumerate(rates):
-        gaps = generator.exponential(1 / rate, int(rate * seconds * 2) + 10)
-        due += [phase * seconds + float(instant) for instant in np.cumsum(gaps) if instant < seconds]
+        start_ns = round(phase * seconds * 1e9)
+        due += [start_ns + instant for instant in gamma_arrivals_ns(rate, seconds, seed=seed + phase)]
     return due
 
 
@@ -71,37 +74,46 @@ def capacity(server: Serving, model: str, variant: str) -> float:
     return float(max(rates) * executors)
 
 
-def report(answers: Sequence[Answer], seconds: float, latency_ms: float) -> None:
+def report(ended: Sequence[Ended], seconds: float) -> None:
     """Print the table by window, then the summary by phase."""
     for window in range(int(3 * seconds / WINDOW_S)):
-        some = [a for a in answers if window * WINDOW_S <= a.due_s < (window + 1) * WINDOW_S]
+        some = between(ended, window * WINDOW_S, (window + 1) * WINDOW_S)
         if some:
-            shares = Counter(str(a.parameters.get("variant", a.code)) for a in some)
-            print(f"{window * WINDOW_S:6.2f} s {len(some):5d}  {met(some, latency_ms):6.1%} met  {dict(shares)}")
-    end = 2 * seconds
-    back = [a.due_s - end for a in answers if a.due_s >= end and a.parameters.get("variant") == "fp32"]
+            print(f"{window * WINDOW_S:6.2f} s {len(some):5d}  {met(some):6.1%} met  {shares(some)}")
+    end_ns = 2 * seconds * 1e9
+    back = [each.answer.due_ns - end_ns for each in ended if each.answer.due_ns >= end_ns and each.variant == "fp32"]
     phases = {
-        phase: [a for a in answers if index * seconds <= a.due_s < (index + 1) * seconds]
+        phase: between(ended, index * seconds, (index + 1) * seconds)
         for index, phase in enumerate(("calm", "burst", "calm again"))
     }
     summary = {
         phase: {
             "requests": len(some),
-            "met": round(met(some, latency_ms), 4),
+            "met": round(met(some), 4),
             "p50_ms of answers": round(percentile_ms(answered, 50), 2),
             "p99_ms of answers": round(percentile_ms(answered, 99), 2),
-            "variants": dict(Counter(str(a.parameters.get("variant", a.code)) for a in some)),
+            "variants": shares(some),
         }
         for phase, some in phases.items()
-        if (answered := [answer for answer in some if answer.code == "OK"])
+        if (answered := [each.answer for each in some if each.answer.code == "OK"])
     }
-    summary["first fp32 after the burst, s"] = {"value": round(min(back, default=float("nan")), 3)}
+    summary["first fp32 after the burst, s"] = {"value": round(min(back, default=float("nan")) / 1e9, 3)}
     print(json.dumps(summary, indent=2))
 
 
-def met(answers: Sequence[Answer], latency_ms: float) -> float:
+def between(ended: Sequence[Ended], start_s: float, end_s: float) -> list[Ended]:
+    """Those that were due in [start, end)."""
+    return [each for each in ended if start_s <= each.answer.due_ns / 1e9 < end_s]
+
+
+def shares(ended: Sequence[Ended]) -> dict[str, int]:
+    """How many each variant answered; by its status, who was not."""
+    return dict(Counter(each.variant or each.answer.code for each in ended))
+
+
+def met(ended: Sequence[Ended]) -> float:
     """The share answered within the SLO, seen by the client; a refusal missed it."""
-    return sum(a.code == "OK" and a.latency_s * 1e3 <= latency_ms for a in answers) / len(answers)
+    return sum(each.met for each in ended) / len(ended)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from benchmarks.load import request
 from benchmarks.models import write_mlp
 from server.endings import answer_record, batch_record
-from server.inference import Inference, gather, scatter
+from server.inference import Inference, Part, gather, scatter
 from server.loading import Host, load_model
 from server.metrics import Metrics
 from server.scheduling.admission import make_request
@@ -92,17 +92,19 @@ def main() -> None:
             scheduler.arrived(inference.requests[0], now)
         with steps("3 decide"):
             scheduler.tick(now)
-            run = scheduler.decide(0, now)
+            run, _ = scheduler.decide(0, now)
         assert run is not None
-        parts = [entry.payload for entry in run.requests]
+        parts: list[Part] = [entry.payload for entry in run.requests]  # type: ignore[misc]
         with steps("4 gather and scatter"):
-            inputs = gather(parts)  # type: ignore[arg-type]
+            inputs = gather(parts)
         with steps("5 the runtime"):
             outputs = model.sessions["fp32"].run(inputs)
         with steps("4 gather and scatter"):
-            scatter(parts, outputs, batched=True)  # type: ignore[arg-type]
+            shares = scatter(parts, outputs, batched=True)
         with steps("6 account"):
             scheduler.finished(run, now + 20_000, 20_000)
+        for part, share in zip(parts, shares, strict=True):
+            part.outputs = share
         with steps("7 encode the answer"):
             inference.answer(Outcome.OK)
         ended = answer_record(inference, Outcome.OK, now + 10**6)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/gearshift.proto\x12\x0cgearshift.v1\"4\n\x08Interval\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\"6\n\x0c\x42\x61tchLatency\x12\x12\n\nbatch_size\x18\x01 \x01(\r\x12\x12\n\nlatency_us\x18\x02 \x01(\x01\"\xcd\x02\n\x0bVariantInfo\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x0e\n\x06recipe\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x11\n\tprecision\x18\x05 \x01(\t\x12\x0f\n\x07runtime\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12(\n\x08\x61\x63\x63uracy\x18\x08 \x01(\x0b\x32\x16.gearshift.v1.Interval\x12-\n\raccuracy_drop\x18\t \x01(\x0b\x32\x16.gearshift.v1.Interval\x12+\n\x07latency\x18\n \x03(\x0b\x32\x1a.gearshift.v1.BatchLatency\x12\x1a\n\x12samples_per_second\x18\x0b \x01(\x01\x12\x12\n\nsize_bytes\x18\x0c \x01(\x04\x12\x14\n\x0cgate_verdict\x18\r \x01(\t\"5\n\x13ListVariantsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"c\n\x14ListVariantsResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12+\n\x08variants\x18\x03 \x03(\x0b\x32\x19.gearshift.v1.VariantInfo\"\xd8\x01\n\x03Slo\x12\x17\n\nlatency_ms\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0cmin_accuracy\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x11max_accuracy_drop\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05\x66loor\x18\x04 \x01(\t\x12\x15\n\ron_infeasible\x18\x05 \x03(\t\x12\x0f\n\x07variant\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\rB\r\n\x0b_latency_msB\x0f\n\r_min_accuracyB\x14\n\x12_max_accuracy_drop\"U\n\x13\x45xplainRouteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1e\n\x03slo\x18\x03 \x01(\x0b\x32\x11.gearshift.v1.Slo\"v\n\tCandidate\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x02 \x01(\x08\x12\x0b\n\x03why\x18\x03 \x01(\t\x12!\n\x14predicted_latency_us\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x17\n\x15_predicted_latency_us\"\x84\x01\n\x14\x45xplainRouteResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12+\n\ncandidates\x18\x05 \x03(\x0b\x32\x17.gearshift.v1.Candidate\"\xbf\x01\n\x16SetVariantStateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\x39\n\x05state\x18\x04 \x01(\x0e\x32*.gearshift.v1.SetVariantStateRequest.State\"9\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x45NABLED\x10\x01\x12\x0c\n\x08\x44ISABLED\x10\x02\"B\n\x17SetVariantStateResponse\x12\'\n\x04info\x18\x01 \x01(\x0b\x32\x19.gearshift.v1.VariantInfo2\x9e\x02\n\x0eVariantService\x12U\n\x0cListVariants\x12!.gearshift.v1.ListVariantsRequest\x1a\".gearshift.v1.ListVariantsResponse\x12U\n\x0c\x45xplainRoute\x12!.gearshift.v1.ExplainRouteRequest\x1a\".gearshift.v1.ExplainRouteResponse\x12^\n\x0fSetVariantState\x12$.gearshift.v1.SetVariantStateRequest\x1a%.gearshift.v1.SetVariantStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/gearshift.proto\x12\x0cgearshift.v1\"4\n\x08Interval\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0b\n\x03low\x18\x02 \x01(\x01\x12\x0c\n\x04high\x18\x03 \x01(\x01\"6\n\x0c\x42\x61tchLatency\x12\x12\n\nbatch_size\x18\x01 \x01(\r\x12\x12\n\nlatency_us\x18\x02 \x01(\x01\"N\n\rLengthLatency\x12\x10\n\x08\x65lements\x18\x01 \x01(\x04\x12+\n\x07latency\x18\x02 \x03(\x0b\x32\x1a.gearshift.v1.BatchLatency\"\xd6\x03\n\x0bVariantInfo\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x0e\n\x06recipe\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x11\n\tprecision\x18\x05 \x01(\t\x12\x0f\n\x07runtime\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12(\n\x08\x61\x63\x63uracy\x18\x08 \x01(\x0b\x32\x16.gearshift.v1.Interval\x12-\n\raccuracy_drop\x18\t \x01(\x0b\x32\x16.gearshift.v1.Interval\x12+\n\x07latency\x18\n \x03(\x0b\x32\x1a.gearshift.v1.BatchLatency\x12\x1a\n\x12samples_per_second\x18\x0b \x01(\x01\x12\x12\n\nsize_bytes\x18\x0c \x01(\x04\x12\x14\n\x0cgate_verdict\x18\r \x01(\t\x12\x33\n\x0f\x63rowded_latency\x18\x0e \x03(\x0b\x32\x1a.gearshift.v1.BatchLatency\x12,\n\x07lengths\x18\x0f \x03(\x0b\x32\x1b.gearshift.v1.LengthLatency\x12\x16\n\tbatchable\x18\x10 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_batchable\"5\n\x13ListVariantsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x9e\x01\n\x14ListVariantsResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12+\n\x08variants\x18\x03 \x03(\x0b\x32\x19.gearshift.v1.VariantInfo\x12\x11\n\texecutors\x18\x04 \x01(\r\x12&\n\x0b\x64\x65\x66\x61ult_slo\x18\x05 \x01(\x0b\x32\x11.gearshift.v1.Slo\"\xd8\x01\n\x03Slo\x12\x17\n\nlatency_ms\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0cmin_accuracy\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x11max_accuracy_drop\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05\x66loor\x18\x04 \x01(\t\x12\x15\n\ron_infeasible\x18\x05 \x03(\t\x12\x0f\n\x07variant\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\rB\r\n\x0b_latency_msB\x0f\n\r_min_accuracyB\x14\n\x12_max_accuracy_drop\"U\n\x13\x45xplainRouteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1e\n\x03slo\x18\x03 \x01(\x0b\x32\x11.gearshift.v1.Slo\"v\n\tCandidate\x12\x0f\n\x07variant\x18\x01 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x02 \x01(\x08\x12\x0b\n\x03why\x18\x03 \x01(\t\x12!\n\x14predicted_latency_us\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x17\n\x15_predicted_latency_us\"\x84\x01\n\x14\x45xplainRouteResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12+\n\ncandidates\x18\x05 \x03(\x0b\x32\x17.gearshift.v1.Candidate\"\xbf\x01\n\x16SetVariantStateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\x39\n\x05state\x18\x04 \x01(\x0e\x32*.gearshift.v1.SetVariantStateRequest.State\"9\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x45NABLED\x10\x01\x12\x0c\n\x08\x44ISABLED\x10\x02\"B\n\x17SetVariantStateResponse\x12\'\n\x04info\x18\x01 \x01(\x0b\x32\x19.gearshift.v1.VariantInfo2\x9e\x02\n\x0eVariantService\x12U\n\x0cListVariants\x12!.gearshift.v1.ListVariantsRequest\x1a\".gearshift.v1.ListVariantsResponse\x12U\n\x0c\x45xplainRoute\x12!.gearshift.v1.ExplainRouteRequest\x1a\".gearshift.v1.ExplainRouteResponse\x12^\n\x0fSetVariantState\x12$.gearshift.v1.SetVariantStateRequest\x1a%.gearshift.v1.SetVariantStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,26 +35,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INTERVAL']._serialized_end=92
   _globals['_BATCHLATENCY']._serialized_start=94
   _globals['_BATCHLATENCY']._serialized_end=148
-  _globals['_VARIANTINFO']._serialized_start=151
-  _globals['_VARIANTINFO']._serialized_end=484
-  _globals['_LISTVARIANTSREQUEST']._serialized_start=486
-  _globals['_LISTVARIANTSREQUEST']._serialized_end=539
-  _globals['_LISTVARIANTSRESPONSE']._serialized_start=541
-  _globals['_LISTVARIANTSRESPONSE']._serialized_end=640
-  _globals['_SLO']._serialized_start=643
-  _globals['_SLO']._serialized_end=859
-  _globals['_EXPLAINROUTEREQUEST']._serialized_start=861
-  _globals['_EXPLAINROUTEREQUEST']._serialized_end=946
-  _globals['_CANDIDATE']._serialized_start=948
-  _globals['_CANDIDATE']._serialized_end=1066
-  _globals['_EXPLAINROUTERESPONSE']._serialized_start=1069
-  _globals['_EXPLAINROUTERESPONSE']._serialized_end=1201
-  _globals['_SETVARIANTSTATEREQUEST']._serialized_start=1204
-  _globals['_SETVARIANTSTATEREQUEST']._serialized_end=1395
-  _globals['_SETVARIANTSTATEREQUEST_STATE']._serialized_start=1338
-  _globals['_SETVARIANTSTATEREQUEST_STATE']._serialized_end=1395
-  _globals['_SETVARIANTSTATERESPONSE']._serialized_start=1397
-  _globals['_SETVARIANTSTATERESPONSE']._serialized_end=1463
-  _globals['_VARIANTSERVICE']._serialized_start=1466
-  _globals['_VARIANTSERVICE']._serialized_end=1752
+  _globals['_LENGTHLATENCY']._serialized_start=150
+  _globals['_LENGTHLATENCY']._serialized_end=228
+  _globals['_VARIANTINFO']._serialized_start=231
+  _globals['_VARIANTINFO']._serialized_end=701
+  _globals['_LISTVARIANTSREQUEST']._serialized_start=703
+  _globals['_LISTVARIANTSREQUEST']._serialized_end=756
+  _globals['_LISTVARIANTSRESPONSE']._serialized_start=759
+  _globals['_LISTVARIANTSRESPONSE']._serialized_end=917
+  _globals['_SLO']._serialized_start=920
+  _globals['_SLO']._serialized_end=1136
+  _globals['_EXPLAINROUTEREQUEST']._serialized_start=1138
+  _globals['_EXPLAINROUTEREQUEST']._serialized_end=1223
+  _globals['_CANDIDATE']._serialized_start=1225
+  _globals['_CANDIDATE']._serialized_end=1343
+  _globals['_EXPLAINROUTERESPONSE']._serialized_start=1346
+  _globals['_EXPLAINROUTERESPONSE']._serialized_end=1478
+  _globals['_SETVARIANTSTATEREQUEST']._serialized_start=1481
+  _globals['_SETVARIANTSTATEREQUEST']._serialized_end=1672
+  _globals['_SETVARIANTSTATEREQUEST_STATE']._serialized_start=1615
+  _globals['_SETVARIANTSTATEREQUEST_STATE']._serialized_end=1672
+  _globals['_SETVARIANTSTATERESPONSE']._serialized_start=1674
+  _globals['_SETVARIANTSTATERESPONSE']._serialized_end=1740
+  _globals['_VARIANTSERVICE']._serialized_start=1743
+  _globals['_VARIANTSERVICE']._serialized_end=2029
 # @@protoc_insertion_point(module_scope)

@@ -25,8 +25,16 @@ class BatchLatency(_message.Message):
     latency_us: float
     def __init__(self, batch_size: _Optional[int] = ..., latency_us: _Optional[float] = ...) -> None: ...
 
+class LengthLatency(_message.Message):
+    __slots__ = ("elements", "latency")
+    ELEMENTS_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    elements: int
+    latency: _containers.RepeatedCompositeFieldContainer[BatchLatency]
+    def __init__(self, elements: _Optional[int] = ..., latency: _Optional[_Iterable[_Union[BatchLatency, _Mapping]]] = ...) -> None: ...
+
 class VariantInfo(_message.Message):
-    __slots__ = ("variant", "recipe", "state", "reason", "precision", "runtime", "device", "accuracy", "accuracy_drop", "latency", "samples_per_second", "size_bytes", "gate_verdict")
+    __slots__ = ("variant", "recipe", "state", "reason", "precision", "runtime", "device", "accuracy", "accuracy_drop", "latency", "samples_per_second", "size_bytes", "gate_verdict", "crowded_latency", "lengths", "batchable")
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +48,9 @@ class VariantInfo(_message.Message):
     SAMPLES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     GATE_VERDICT_FIELD_NUMBER: _ClassVar[int]
+    CROWDED_LATENCY_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    BATCHABLE_FIELD_NUMBER: _ClassVar[int]
     variant: str
     recipe: str
     state: str
@@ -53,7 +64,10 @@ class VariantInfo(_message.Message):
     samples_per_second: float
     size_bytes: int
     gate_verdict: str
-    def __init__(self, variant: _Optional[str] = ..., recipe: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., precision: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., accuracy: _Optional[_Union[Interval, _Mapping]] = ..., accuracy_drop: _Optional[_Union[Interval, _Mapping]] = ..., latency: _Optional[_Iterable[_Union[BatchLatency, _Mapping]]] = ..., samples_per_second: _Optional[float] = ..., size_bytes: _Optional[int] = ..., gate_verdict: _Optional[str] = ...) -> None: ...
+    crowded_latency: _containers.RepeatedCompositeFieldContainer[BatchLatency]
+    lengths: _containers.RepeatedCompositeFieldContainer[LengthLatency]
+    batchable: bool
+    def __init__(self, variant: _Optional[str] = ..., recipe: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., precision: _Optional[str] = ..., runtime: _Optional[str] = ..., device: _Optional[str] = ..., accuracy: _Optional[_Union[Interval, _Mapping]] = ..., accuracy_drop: _Optional[_Union[Interval, _Mapping]] = ..., latency: _Optional[_Iterable[_Union[BatchLatency, _Mapping]]] = ..., samples_per_second: _Optional[float] = ..., size_bytes: _Optional[int] = ..., gate_verdict: _Optional[str] = ..., crowded_latency: _Optional[_Iterable[_Union[BatchLatency, _Mapping]]] = ..., lengths: _Optional[_Iterable[_Union[LengthLatency, _Mapping]]] = ..., batchable: bool = ...) -> None: ...
 
 class ListVariantsRequest(_message.Message):
     __slots__ = ("model", "version")
@@ -64,14 +78,18 @@ class ListVariantsRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class ListVariantsResponse(_message.Message):
-    __slots__ = ("model", "version", "variants")
+    __slots__ = ("model", "version", "variants", "executors", "default_slo")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     VARIANTS_FIELD_NUMBER: _ClassVar[int]
+    EXECUTORS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SLO_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     variants: _containers.RepeatedCompositeFieldContainer[VariantInfo]
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., variants: _Optional[_Iterable[_Union[VariantInfo, _Mapping]]] = ...) -> None: ...
+    executors: int
+    default_slo: Slo
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., variants: _Optional[_Iterable[_Union[VariantInfo, _Mapping]]] = ..., executors: _Optional[int] = ..., default_slo: _Optional[_Union[Slo, _Mapping]] = ...) -> None: ...
 
 class Slo(_message.Message):
     __slots__ = ("latency_ms", "min_accuracy", "max_accuracy_drop", "floor", "on_infeasible", "variant", "priority")

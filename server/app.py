@@ -25,9 +25,11 @@ from server.administration import Actions, Administration
 from server.device import why_not_cuda
 from server.endings import error_reply
 from server.engine import Engine
+from server.layout import choose_layout
 from server.loading import Host, for_clients, load_model
-from server.metrics import Metrics, ModelLoad
+from server.metrics import ExecutorHealth, Metrics, ModelLoad
 from server.models import Models, NotServed, ServedModel
+from server.scheduling.policies import policy_factory
 from server.scheduling.scheduler import Scheduler
 from server.security import Authorizer
 from server.services import METHODS, ServerServices
@@ -45,7 +47,7 @@ from variants.runtimes import available_runtimes
 
 log = logging.getLogger(__name__)
 
-_REASONS = ("best", "slack", "batch", "drain", "pinned", "overload", "late", "retry")
+_REASONS = ("best", "slack", "batch", "drain", "reserve", "pinned", "overload", "late", "retry", "policy")
 _GRACE_S = 1.0
 """What open rpcs get to end after the drain, and then the executors."""
 _SWITCH_INTERVAL_S = 0.0005
@@ -65,16 +67,19 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.hardware = detect_hardware()
-        self.executors, self.threads = share_cores(settings, self.hardware)
         self.models = Models()
         self.statistics = Statistics()
         self.recent = Recent(clock_ns=time.monotonic_ns)
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry, self._slo_thresholds_ns(), _REASONS)
         self.trace = _trace(settings)
-        self.host = _host(settings, self.hardware, self.executors, self.threads)
+        self.host = self._host()
+        self.executors = self.host.executors
         self.scheduler = Scheduler(
-            self.executors, max_requests=settings.max_queue_requests, max_bytes=settings.max_queue_bytes
+            self.executors,
+            max_requests=settings.max_queue_requests,
+            max_bytes=settings.max_queue_bytes,
+            policy=policy_factory(settings.policy),
         )
         authorizer = Authorizer.from_file(settings.auth_tokens) if settings.auth_tokens else None
         tls, host = _tls(settings), settings.host.strip("[]")
@@ -105,6 +110,13 @@ class Server:
         site = Site(self.registry, self.status, self.recent, authorizer)
         self.web = WebServer((settings.host, settings.http_port), site, _web_tls(settings))
 
+    def _host(self) -> Host:
+        """What models are loaded onto; how the cores of a CPU are shared is measured where nobody says."""
+        host = _host(self.settings, self.hardware, *share_cores(self.settings, self.hardware))
+        if self.settings.executors is None and host.device == "cpu":
+            return choose_layout(host, self._folders())
+        return host
+
     def _slo_thresholds_ns(self) -> list[int]:
         """The latencies that requests are judged by if they name none: edges of the latency histogram."""
         latencies_ms = {self.settings.default_latency_ms}
@@ -118,6 +130,7 @@ class Server:
         self.metrics.add_executors(self.executors)
         self.metrics.set_hardware(_hardware_facts(self.hardware, self.host.device))
         self.metrics.watch(self.loads)
+        self.metrics.watch_executors(lambda: self.engine.snapshot(_executors_health))
         for folder in self._folders():
             self.load(folder)
         for failed in self.models.not_served():
@@ -296,7 +309,8 @@ def _on_signal(act: Callable[[], object]) -> None:
 def share_cores(settings: Settings, hardware: Hardware) -> tuple[int, int]:
     """Executors and threads for each, such that together they never exceed the cores that are ours.
 
-    On a CPU there is one executor per core with one thread each, on a GPU one executor that keeps the device to itself.
+    Where nobody says, a GPU has one executor that keeps the device to itself, and a CPU one executor per core until
+    `choose_layout` has measured what is best.
     """
     threads = settings.threads or hardware.cores
     automatic = 1 if _device(settings, hardware) != "cpu" else threads
@@ -366,6 +380,12 @@ def _web_tls(settings: Settings) -> ssl.SSLContext | None:
         return tls_context(settings.tls_cert, settings.tls_key)
     except OSError as error:
         raise StartError(f"--tls-cert and --tls-key do not make a certificate with its key: {error}") from None
+
+
+def _executors_health(scheduler: Scheduler, now_ns: int) -> list[ExecutorHealth]:
+    """How every executor stands, for the gauges."""
+    pool = scheduler.pool
+    return [ExecutorHealth(pool.slowdown(executor, now_ns), lost) for executor, lost in enumerate(pool.lost)]
 
 
 def _hardware_facts(hardware: Hardware, device: str) -> dict[str, str]:

@@ -75,12 +75,33 @@ def _explain(chosen: argparse.Namespace) -> int:
     return show_route(chosen)
 
 
+def _bench(chosen: argparse.Namespace) -> int:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+    from server.bench.command import bench
+
+    return bench(chosen)
+
+
+def _simulate(chosen: argparse.Namespace) -> int:
+    from server.simulation.command import run
+
+    return run(chosen)
+
+
 def _names(text: str) -> list[str]:
     """Names between commas; an empty one is a mistake, and no name at all must not mean all of them."""
     names = [name.strip() for name in text.split(",")]
     if not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name in it")
     return names
+
+
+def _priority(text: str) -> int:
+    """A whole number that the wire can carry; which of them mean something is the server's to say."""
+    if not text.isdecimal() or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
 
 
 def _minutes(text: str) -> float:
@@ -129,9 +150,69 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--latency-ms", type=float, metavar="X", help="answer wanted within this time")
     explain.add_argument("--min-accuracy", type=float, metavar="A", help="floor on the proven score, 0 to 1")
     explain.add_argument("--max-accuracy-drop", type=float, metavar="D", help="ceiling on the proven drop, 0 to 1")
+    explain.add_argument("--floor", choices=("hard", "soft"), help="whether the floor may be broken (hard: never)")
+    explain.add_argument("--on-infeasible", type=_names, metavar="A,B", help="in this order: degrade, late, reject")
+    explain.add_argument("--variant", metavar="V", help="pin this one")
+    explain.add_argument("--priority", type=_priority, metavar="N", help="1 is the highest, 0 the default")
     _add_connection(explain)
     explain.set_defaults(run=_explain)
+
+    _add_bench(
+        commands.add_parser(
+            "bench", help="open-loop load and what comes of it", allow_abbrev=False, conflict_handler="resolve"
+        )
+    )
+    _add_simulate(commands.add_parser("simulate", help="a trace, a policy: what if", allow_abbrev=False))
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    """The flags of `bench`; `--json` takes a file here, which resolves the conflict."""
+    _add_connection(bench)
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file too")
+    bench.add_argument("--model", required=True, metavar="M")
+    _add_workload(bench)
+    bench.add_argument("--data", type=Path, metavar="FILE", help=".npz of inputs and labels; else made-up inputs")
+    bench.add_argument("--connections", type=int, default=1, metavar="N", help="over how many connections (1)")
+    bench.set_defaults(run=_bench)
+
+
+def _add_simulate(simulate: argparse.ArgumentParser) -> None:
+    """The flags of `simulate`."""
+    simulate.add_argument(
+        "--profiles", type=Path, required=True, metavar="FILE", help="what `gearshift variants --json` wrote"
+    )
+    simulate.add_argument("--model", metavar="M", help="which of its models, if there are several")
+    simulate.add_argument(
+        "--policy", type=_names, default=["fitdrain"], metavar="P,P", help="policies to compare (fitdrain)"
+    )
+    _add_workload(simulate)
+    simulate.add_argument("--variants", type=_names, metavar="A,B", help="as if there were only these")
+    simulate.add_argument("--executors", type=int, metavar="N", help="as if there were so many (as profiled)")
+    simulate.add_argument("--replicas", type=int, default=1, metavar="N", help="so many servers, in turn (1)")
+    simulate.add_argument(
+        "--noise", type=float, default=0.05, metavar="D", help="deviation of log latency around the profile (0.05)"
+    )
+    simulate.add_argument("--wake-ms", type=float, default=0.1, metavar="X", help="mean time to wake up (0.1)")
+    simulate.add_argument(
+        "--reply-ms", type=float, default=0.2, metavar="X", help="from a batch's end to clients (0.2)"
+    )
+    simulate.add_argument("--no-bound", action="store_true", help="leave out the upper bound, which takes a while")
+    simulate.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file too")
+    simulate.set_defaults(run=_simulate)
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    """The flags that say when requests come and what they ask."""
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="replay this: a recording, or offsets in seconds")
+    parser.add_argument("--rate", type=float, metavar="R", help="requests per second; of a trace: its new mean")
+    parser.add_argument("--cv2", type=float, metavar="C", help="burstiness of made arrivals: 1 is Poisson (1)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="length of the load (10, or the whole trace)")
+    parser.add_argument("--latency-ms", type=float, metavar="X", help="answer wanted within this time")
+    parser.add_argument("--min-accuracy", type=float, metavar="A", help="floor on the proven score, 0 to 1")
+    parser.add_argument("--max-accuracy-drop", type=float, metavar="D", help="ceiling on the proven drop, 0 to 1")
+    parser.add_argument("--on-infeasible", metavar="A,B", help="in this order: degrade, late, reject")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is random (0)")
 
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:

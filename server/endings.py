@@ -19,8 +19,8 @@ from server.errors import (
     Unauthenticated,
     Unavailable,
 )
-from server.events import BatchRan, RequestEnded
-from server.inference import Inference
+from server.events import BatchRan, PassedOver, RequestEnded
+from server.inference import Inference, Part
 from server.scheduling.scheduler import Run
 from server.scheduling.slo import Outcome, Request
 from server.transport.transport import Call, Reply, Status
@@ -85,7 +85,16 @@ def batch_record(run: Run, compute_ns: int, *, failed: bool) -> BatchRan:
         compute_ns=compute_ns,
         predicted_ns=run.predicted_ns,
         failed=failed,
+        passed_over=_passed_over(run) if run.passed_over else (),
     )
+
+
+def _passed_over(run: Run) -> tuple[PassedOver, ...]:
+    """The more accurate variants that were passed over, by name; those behind the one that ran were never preferred."""
+    part: Part = run.requests[0].payload  # type: ignore[assignment]
+    ranking = part.inference.model.queue.variants
+    better = (passed for passed in run.passed_over if passed.variant < run.place)
+    return tuple(PassedOver(ranking[place].name, reason, short) for place, reason, short in better)
 
 
 def answer_record(inference: Inference, outcome: Outcome, now_ns: int) -> RequestEnded:
@@ -107,6 +116,9 @@ def answer_record(inference: Inference, outcome: Outcome, now_ns: int) -> Reques
         compute_ns=part.compute_ns,
         accuracy=variant.score.value if variant.score else None,
         request_id=inference.request.id,
+        timeout_ns=inference.timeout_ns,
+        asked_version=inference.request.version,
+        shape=inference.request.shape_key,
     )
 
 
@@ -136,4 +148,7 @@ def end_record(
         compute_ns=0,
         accuracy=None,
         request_id=inference.request.id if inference else "",
+        timeout_ns=inference.timeout_ns if inference else None,
+        asked_version=inference.request.version if inference else "",
+        shape=inference.request.shape_key if inference else None,
     )

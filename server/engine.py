@@ -147,7 +147,8 @@ class Engine:
             start_ns = self._clock()
             ended = self._scheduler.tick(start_ns)
             if executor is not None:
-                run = self._scheduler.decide(executor, start_ns)
+                run, given_up = self._scheduler.decide(executor, start_ns)
+                ended += given_up
             now_ns = self._clock()
             if run is None:
                 event_ns = self._scheduler.next_event_ns(now_ns)
@@ -239,6 +240,7 @@ class Engine:
             samples=part.samples,
             size_bytes=request.payload_bytes * part.samples // max(request.samples, 1),
             shape=request.shape_key,
+            length=request.length,
             arrival_ns=call.arrival_ns,
             rpc_deadline_ns=min(deadlines, default=None),
             payload=part,
@@ -252,19 +254,23 @@ class Engine:
         start_ns = self._clock()
         try:
             outputs = model.sessions[run.variant].run(gather(parts))
-            scatter(parts, outputs, batched=batched)
+            shares = scatter(parts, outputs, batched=batched)
         except Exception:
             self._failed(run, start_ns)
             return
         end_ns = self._clock()
-        for request, part in zip(run.requests, parts, strict=True):
-            part.place, part.reason, part.batch_size = run.place, reason_for(request, run), run.samples
-            part.queue_ns, part.compute_ns = start_ns - request.arrival_ns, end_ns - start_ns
-            part.floor_met = bool(request.asked >> run.place & 1)
+        answered: list[Inference] = []
         with self._lock:
-            self._scheduler.finished(run, end_ns, end_ns - start_ns)
+            counts = set(self._scheduler.finished(run, end_ns, end_ns - start_ns))
+            for request, part, share in zip(run.requests, parts, shares, strict=True):
+                if request not in counts:
+                    continue  # tried again meanwhile: its answer comes, or came, from there
+                part.outputs, part.place, part.batch_size = share, run.place, run.samples
+                part.reason, part.floor_met = reason_for(request, run), bool(request.asked >> run.place & 1)
+                part.queue_ns, part.compute_ns = start_ns - request.arrival_ns, end_ns - start_ns
+                if part.inference.part_answered():
+                    answered.append(part.inference)
             self._settled.notify_all()
-            answered = [part.inference for part in parts if part.inference.part_answered()]
         self._tell(batch_record(run, end_ns - start_ns, failed=False))
         self._reply(answered)
 

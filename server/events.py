@@ -5,8 +5,9 @@ Rules: a record holds plain values, is made once per event and never changes. Du
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from server.scheduling.slo import Outcome, Slo
 
@@ -18,7 +19,9 @@ class RequestEnded:
     `slo_met` is None for a request that could not be judged (invalid, cancelled, infeasible). `accuracy` is the served
     variant's measured score, None where none is known. `reason` is the routing decision's short code. `slo` is what the
     request asked and `budget_ns` the time from its arrival to its deadline, None where that was never read;
-    `arrival_ns` is an instant of the monotonic clock. `request_id` is the client's own, empty if it gave none.
+    `timeout_ns` is the part of it that the gRPC deadline or the `timeout` parameter set, None where neither did.
+    `arrival_ns` is an instant of the monotonic clock. `request_id` is the client's own, empty if it gave none;
+    `asked_version` the version it named, empty for the newest; `shape` is that of each input without the batch.
     """
 
     model: str
@@ -36,11 +39,25 @@ class RequestEnded:
     compute_ns: int
     accuracy: float | None
     request_id: str = ""
+    timeout_ns: int | None = None
+    asked_version: str = ""
+    shape: Hashable = None
+
+
+class PassedOver(NamedTuple):
+    """A more accurate variant than the one that ran: why it was passed over (a short code), and what was missing.
+
+    `short` is nanoseconds for "slack" and "drain", samples for "batch".
+    """
+
+    variant: str
+    reason: str
+    short: int
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRan:
-    """A batch left an executor, successfully or not."""
+    """A batch left an executor, successfully or not; `passed_over` begins with the most accurate variant."""
 
     model: str
     version: str
@@ -52,6 +69,7 @@ class BatchRan:
     compute_ns: int
     predicted_ns: int
     failed: bool
+    passed_over: tuple[PassedOver, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,12 @@ class Inference:
     requests: list[Request] = field(default_factory=list)
     open_parts: int = 0
     ended: bool = False
+
+    @property
+    def timeout_ns(self) -> int | None:
+        """The least time that the gRPC deadline and the `timeout` parameter leave it; None where neither is set."""
+        rpc_ns = None if self.call.deadline_ns is None else self.call.deadline_ns - self.call.arrival_ns
+        return min((each for each in (rpc_ns, self.request.timeout_ns) if each is not None), default=None)
 
     def parts(self) -> Iterator[Part]:
         """The request cut into pieces of at most the model's maximum batch size, as views of its inputs.
@@ -129,17 +136,16 @@ def gather(parts: Sequence[Part]) -> Mapping[str, Array]:
     return {name: np.concatenate([part.inputs[name] for part in parts]) for name in parts[0].inputs}
 
 
-def scatter(parts: Sequence[Part], outputs: Sequence[Array], *, batched: bool) -> None:
-    """Give every part its rows of the batch's outputs. Raises ValueError when the model lost or invented rows."""
+def scatter(parts: Sequence[Part], outputs: Sequence[Array], *, batched: bool) -> list[Sequence[Array]]:
+    """Every part's rows of the batch's outputs. Raises ValueError when the model lost or invented rows."""
     total = sum(part.samples for part in parts)
     if batched:
         for array in outputs:
             if array.shape[:1] != (total,):
                 raise ValueError(f"a batch of {total} samples came back with shape {array.shape}")
     if len(parts) == 1:
-        parts[0].outputs = outputs
-        return
-    start = 0
-    for part in parts:
-        part.outputs = [array[start : start + part.samples] for array in outputs]
-        start += part.samples
+        return [outputs]
+    starts = accumulate((part.samples for part in parts), initial=0)
+    return [
+        [array[start : start + part.samples] for array in outputs] for start, part in zip(starts, parts, strict=False)
+    ]

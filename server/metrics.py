@@ -9,17 +9,16 @@ looked up once per variant, not per request: an event costs one dictionary look-
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from server.events import BatchRan, Decided, Event, RequestEnded
+from server.gauges import EXECUTORS, LOADS, ExecutorHealth, ExecutorSource, Gauges, GaugeSource, ModelLoad
 from server.scheduling.slo import Outcome
 from variants.variant import State, Variant
+
+__all__ = ["ANSWERED", "ExecutorHealth", "Metrics", "ModelLoad"]
 
 NONE = "none"
 """The variant of a request for which none was chosen."""
@@ -30,24 +29,6 @@ MODEL = ("model", "version")
 VARIANT = (*MODEL, "variant")
 ANSWERED = frozenset({Outcome.OK, Outcome.LATE, Outcome.DEGRADED})
 QUEUED = ANSWERED | {Outcome.EXPIRED, Outcome.CANCELLED, Outcome.FAILED}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLoad:
-    """One model's load at this moment. `saturation_ratio` is 0 when idle and 1 when no slack is left."""
-
-    queue_depth: int
-    queue_bytes: int
-    inflight_requests: int
-    saturation_ratio: float
-
-
-class GaugeSource(Protocol):
-    """Asked at every scrape, from the scraper's thread."""
-
-    def __call__(self) -> Mapping[str, ModelLoad]:
-        """The load of every loaded model, by name."""
-        ...
 
 
 def geometric(low: float, high: float, factor: float, digits: int = 3) -> list[float]:
@@ -107,6 +88,11 @@ class _Families:
             VARIANT,
             buckets=RATIOS,
         )
+        self.predictions = counter(
+            "latency_predictions",
+            "Batches whose predicted latency was kept or exceeded; the margin promises to keep all but 1 %.",
+            (*VARIANT, "result"),
+        )
         self.decision = histogram(
             "decision_duration_seconds", "The time of one scheduling decision.", buckets=DECISIONS
         )
@@ -146,6 +132,8 @@ class _VariantSeries:
         "batch_size",
         "compute",
         "decisions",
+        "exceeded",
+        "kept",
         "met",
         "missed",
         "outcomes",
@@ -165,6 +153,8 @@ class _VariantSeries:
         self.samples = families.samples.labels(*labels)
         self.batch_size = families.batch_size.labels(*labels)
         self.prediction = families.prediction.labels(*labels)
+        self.kept = families.predictions.labels(*labels, "kept")
+        self.exceeded = families.predictions.labels(*labels, "exceeded")
         self.decisions: dict[str, Counter] = {}
 
 
@@ -258,7 +248,13 @@ class Metrics:
 
     def watch(self, source: GaugeSource) -> None:
         """Read the load gauges from this source at every scrape."""
-        self._registry.register(_LoadCollector(source))
+        self._registry.register(Gauges("model", LOADS, source))
+
+    def watch_executors(self, source: ExecutorSource) -> None:
+        """Read the executors' gauges from this source at every scrape."""
+        self._registry.register(
+            Gauges("executor", EXECUTORS, lambda: {str(number): each for number, each in enumerate(source())})
+        )
 
     def _request_ended(self, event: RequestEnded) -> None:
         model = (event.model, event.version)
@@ -295,36 +291,10 @@ class Metrics:
             series.batch_size.observe(event.samples)
             if event.predicted_ns > 0:
                 series.prediction.observe(event.compute_ns / event.predicted_ns)
+                (series.kept if event.compute_ns <= event.predicted_ns else series.exceeded).inc()
 
 
 def _exemplar(event: RequestEnded) -> dict[str, str] | None:
     """What leads from a bucket to one request in it: the id that the client gave it, if that can be shown."""
     shown = event.request_id[:64]
     return {"request_id": shown} if shown and shown.isprintable() else None
-
-
-class _LoadCollector(Collector):
-    """Turns the source's snapshot into the load gauges."""
-
-    _GAUGES = (
-        ("queue_depth", "Requests that wait for a batch."),
-        ("queue_bytes", "Bytes of the requests that wait for a batch."),
-        ("inflight_requests", "Requests admitted and not yet ended."),
-        ("saturation_ratio", "Load against capacity: 0 is idle, 1 has no slack left."),
-    )
-
-    def __init__(self, source: GaugeSource) -> None:
-        self._source = source
-
-    def describe(self) -> Iterator[Metric]:
-        """The families without samples, so that registering asks nothing of the source."""
-        for field, text in self._GAUGES:
-            yield GaugeMetricFamily(f"gearshift_{field}", text, labels=["model"])
-
-    def collect(self) -> Iterator[Metric]:
-        """One sample per model and gauge, all from one snapshot."""
-        loads = self._source()
-        for family, (field, _) in zip(self.describe(), self._GAUGES, strict=True):
-            for model, load in loads.items():
-                family.add_metric([model], getattr(load, field))  # type: ignore[attr-defined]
-            yield family

@@ -26,6 +26,8 @@ TIMEOUT_SECONDS = 10.0
 SHOWN_BATCH_SIZES = (1, 8, 32)
 UNKNOWN = "–"
 READY = "READY"
+SLO_FIELDS = ("latency_ms", "min_accuracy", "max_accuracy_drop", "floor", "on_infeasible", "variant", "priority")
+"""What `gearshift explain` may ask: the flags and the fields of the message have the same names."""
 
 
 class _Remote:
@@ -74,7 +76,7 @@ def _variants(chosen: argparse.Namespace, remote: _Remote) -> None:
     listings = [remote.variants(name) for name in names]
     failed = [entry for entry in index if entry.state != READY]
     if chosen.json:
-        facts = [_listing_facts(listing) for listing in listings]
+        facts = [listing_facts(listing) for listing in listings]
         facts += [{"model": entry.name, "version": entry.version, "reason": entry.reason} for entry in failed]
         _print_json(facts)
         return
@@ -88,7 +90,7 @@ def _variants(chosen: argparse.Namespace, remote: _Remote) -> None:
 
 
 def _route(chosen: argparse.Namespace, remote: _Remote) -> None:
-    asked = {name: getattr(chosen, name) for name in ("latency_ms", "min_accuracy", "max_accuracy_drop")}
+    asked = {name: getattr(chosen, name) for name in SLO_FIELDS}
     route = remote.route(chosen.model, gearshift_pb2.Slo(**{k: v for k, v in asked.items() if v is not None}))
     if chosen.json:
         _print_json(_route_facts(route))
@@ -108,7 +110,8 @@ def _route(chosen: argparse.Namespace, remote: _Remote) -> None:
     console.print(_table(("variant", "allowed", "latency", "why"), rows))
 
 
-def _listing_facts(listing: gearshift_pb2.ListVariantsResponse) -> dict[str, Any]:
+def listing_facts(listing: gearshift_pb2.ListVariantsResponse) -> dict[str, Any]:
+    """What `--json` writes of one model; `server.simulation.profiles` reads it back."""
     variants = [
         {
             "variant": info.variant,
@@ -120,14 +123,36 @@ def _listing_facts(listing: gearshift_pb2.ListVariantsResponse) -> dict[str, Any
             "device": info.device,
             "accuracy": _interval(info, "accuracy"),
             "accuracy_drop": _interval(info, "accuracy_drop"),
-            "latency_ms": {str(point.batch_size): point.latency_us / 1e3 for point in info.latency},
+            "latency_ms": _by_batch_size(info.latency),
+            "crowded_latency_ms": _by_batch_size(info.crowded_latency),
+            "lengths": [
+                {"elements": each.elements, "latency_ms": _by_batch_size(each.latency)} for each in info.lengths
+            ],
+            "batchable": info.batchable if info.HasField("batchable") else True,
             "samples_per_second": info.samples_per_second or None,
             "size_bytes": info.size_bytes,
             "gate_verdict": info.gate_verdict,
         }
         for info in listing.variants
     ]
-    return {"model": listing.model, "version": listing.version, "variants": variants}
+    facts: dict[str, Any] = {"model": listing.model, "version": listing.version, "variants": variants}
+    if listing.executors:
+        facts["executors"] = listing.executors
+    if listing.HasField("default_slo"):
+        facts["slo"] = _slo_facts(listing.default_slo)
+    return facts
+
+
+def _slo_facts(slo: gearshift_pb2.Slo) -> dict[str, Any]:
+    return {
+        "latency_ms": _optional(slo, "latency_ms"),
+        "max_accuracy_drop": _optional(slo, "max_accuracy_drop"),
+        "on_infeasible": list(slo.on_infeasible) or None,
+    }
+
+
+def _by_batch_size(points: Iterable[gearshift_pb2.BatchLatency]) -> dict[str, float]:
+    return {str(point.batch_size): point.latency_us / 1e3 for point in points}
 
 
 def _route_facts(route: gearshift_pb2.ExplainRouteResponse) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class ServerServices:
     def _list_variants(self, call: Call) -> bytes:
         model = self._models.find(*variants.read_list_variants(call.message))
         described = [_described(model, variant) for variant in model.current_variants()]
-        return variants.encode_variants(model.name, model.version, described)
+        return variants.encode_variants(model.name, model.version, described, self._executors, model.defaults)
 
     def _explain_route(self, call: Call) -> bytes:
         asked = variants.read_explain_route(call.message)
@@ -229,7 +229,7 @@ class ServerServices:
                 asked.slo,
                 model.defaults,
                 scheduler.load(model.queue, now_ns),
-                scheduler.policy,
+                scheduler.policy(model.key),
             )
         )
         return variants.encode_explanation(model.name, model.version, explanation)

@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, DirectoryPath, Field, FilePath, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    DirectoryPath,
+    Field,
+    FilePath,
+    ValidationError,
+)
+
+from server.scheduling.policies import policy_factory
 
 PREFIX = "GEARSHIFT_"
 CONFIG = "config"
@@ -31,6 +42,11 @@ class SettingsError(Exception):
 
 def _auto_is_none(value: object) -> object:
     return None if value == "auto" else value
+
+
+def _known_policy(name: str) -> str:
+    policy_factory(name)
+    return name
 
 
 Count = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_auto_is_none)]
@@ -47,7 +63,7 @@ class Settings(BaseModel):
     grpc_port: Port = Field(8001, description="port of the gRPC services; 0 picks a free one")
     http_port: Port = Field(8002, description="port of /metrics, the status page and health; 0 picks a free one")
     threads: Count = Field(None, description="cores to compute with, or auto: from cgroup quota and affinity")
-    executors: Count = Field(None, description="batches that run at a time, or auto: one per core, one per GPU")
+    executors: Count = Field(None, description="batches that run at a time, or auto: measured; on a GPU one")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     max_message_bytes: int = Field(64 << 20, ge=1024, lt=1 << 31, description="largest gRPC message accepted or sent")
     max_queue_requests: int = Field(10_000, ge=1, description="requests one model's queue may hold")
@@ -55,7 +71,9 @@ class Settings(BaseModel):
     drain_seconds: float = Field(
         20.0, ge=0, le=86_400, allow_inf_nan=False, description="time admitted work gets to finish at shutdown"
     )
-    policy: Literal["fitdrain"] = Field("fitdrain", description="how batches are formed and variants chosen")
+    policy: Annotated[str, AfterValidator(_known_policy)] = Field(
+        "fitdrain", description="how batches are formed and variants chosen; others than fitdrain are for comparison"
+    )
     transport: Literal["auto", "native", "grpcio"] = Field("auto", description="what moves bytes: auto, native, grpcio")
     admin: bool = Field(False, description="allow loading and unloading models and switching variants")
     tls_cert: FilePath | None = Field(None, description="PEM certificate chain of the gRPC port")

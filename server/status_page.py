@@ -11,6 +11,7 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
+from server.events import BatchRan, PassedOver
 from server.status import ModelStatus, Recent, ServerStatus, Traffic
 from variants.variant import LatencyProfile, State, Variant
 
@@ -20,6 +21,17 @@ VARIANT_COLUMNS = (
     "variant", "state", "accuracy [95 %]", *(f"latency b={size}" for size in SHOWN_BATCH_SIZES), "throughput",
     "traffic", "p50", "p95", "size", "runs as", "why this state",
 )  # fmt: skip
+DECISION_COLUMNS = ("when", "model", "variant", "batch", "executor", "took", "predicted", "reason", "why")
+WORDY = frozenset({"why"})
+"""Columns of sentences that may run over several lines."""
+REASONS = {
+    "best": "the most accurate that was allowed",
+    "pinned": "the request named it",
+    "overload": "not everyone could be in time, and this batch serves the most",
+    "late": "nothing could be in time any more",
+    "retry": "a batch with this request had failed",
+}
+"""The reasons that say more than which variants were passed over."""
 
 _PAGE = Template(files("server").joinpath("status_page.html").read_text(encoding="utf-8"))
 
@@ -71,34 +83,71 @@ def _variant(variant: Variant, traffic: Traffic | None, answers: int) -> list[st
 
 
 def _decisions(recent: Recent) -> str:
-    rows = [
-        [
-            f"{age_ns / 1e9:,.1f} s ago",
-            escape(f"{batch.model} {batch.version}"),
-            escape(batch.variant),
-            escape(batch.reason),
-            f"{batch.samples} in {batch.requests} requests",
-            str(batch.executor),
-            "failed" if batch.failed else _milliseconds(batch.compute_ns),
-            _milliseconds(batch.predicted_ns),
-        ]
-        for batch, age_ns in recent.decisions()
-    ]
+    rows = [[*_decision(batch, age_ns), _why(batch)] for batch, age_ns in recent.decisions()]
     if not rows:
         return ""
-    columns = ("when", "model", "variant", "reason", "samples", "executor", "took", "predicted")
-    return "<h2>Recent decisions</h2>" + _table(columns, rows)
+    caption = "Newest first. What was predicted includes the margin that all but one batch in a hundred should keep."
+    return "<h2>Recent decisions</h2>" + _table(DECISION_COLUMNS, rows, caption, cards=True)
 
 
-def _table(columns: Iterable[str], rows: list[list[str]], caption: str = "", idle: list[bool] | None = None) -> str:
-    """A table of cells that are HTML already; the rows marked idle are dimmed."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+def _decision(batch: BatchRan, age_ns: int) -> list[str]:
+    took = "failed" if batch.failed else _milliseconds(batch.compute_ns)
+    exceeded = not batch.failed and batch.compute_ns > batch.predicted_ns
+    return [
+        f"{age_ns / 1e9:,.1f} s ago",
+        escape(f"{batch.model} {batch.version}"),
+        escape(batch.variant),
+        f"{_count(batch.samples, 'sample')} of {_count(batch.requests, 'request')}",
+        str(batch.executor),
+        f"<strong>{took}</strong>" if exceeded else took,
+        _milliseconds(batch.predicted_ns),
+        escape(batch.reason),
+    ]
+
+
+def _why(batch: BatchRan) -> str:
+    """The decision in words: its circumstances, then what every more accurate variant lacked."""
+    passed_over = [f"{passed.variant} {_lacked(passed)}" for passed in batch.passed_over]
+    circumstances = REASONS.get(batch.reason)
+    return escape("; ".join([*([circumstances] if circumstances else []), *passed_over])) or UNKNOWN
+
+
+def _lacked(passed: PassedOver) -> str:
+    match passed.reason:
+        case "slack":
+            return f"was {_milliseconds(passed.short)} short of being in time"
+        case "batch":
+            return f"was {_count(passed.short, 'sample')} short of a full batch"
+        case "drain":
+            return f"would have made those behind {_milliseconds(passed.short)} late"
+        case other:
+            return f"was passed over: {other}"
+
+
+def _table(
+    columns: Iterable[str],
+    rows: list[list[str]],
+    caption: str = "",
+    idle: list[bool] | None = None,
+    *,
+    cards: bool = False,
+) -> str:
+    """A table of cells that are HTML already; the rows marked idle are dimmed, `cards` become one each on a phone."""
+    columns = tuple(columns)
+    kinds = [" class=why" if column in WORDY else "" for column in columns]
+    head = "".join(f'<th scope="col"{kind}>{column}</th>' for column, kind in zip(columns, kinds, strict=True))
+    openings = [f'<td data-column="{column}"{kind}>' for column, kind in zip(columns, kinds, strict=True)]
     body = "".join(
-        f"<tr{' class=idle' if idle and idle[number] else ''}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
+        f"<tr{' class=idle' if idle and idle[number] else ''}>"
+        + "".join(f"{opening}{cell}</td>" for opening, cell in zip(openings, row, strict=True))
+        + "</tr>"
         for number, row in enumerate(rows)
     )
     title = f"<caption>{caption}</caption>" if caption else ""
-    return f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = (
+        f"<table{' class=cards' if cards else ''}>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+    return f'<div class="scroll">{table}</div>'
 
 
 def _latency(profile: LatencyProfile | None, size: int) -> str:
@@ -111,6 +160,10 @@ def _throughput(profile: LatencyProfile) -> float:
     """Samples a second of one executor at its best measured batch size."""
     sizes = zip(profile.batch_sizes, profile.latencies_ns, strict=True)
     return max(size * 1e9 / latency_ns for size, latency_ns in sizes)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _milliseconds(duration_ns: int) -> str:

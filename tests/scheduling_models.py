@@ -8,6 +8,8 @@ from random import Random
 
 from server.scheduling.admission import Defaults, make_request
 from server.scheduling.model_queue import ModelQueue
+from server.scheduling.policies.fitdrain import FitDrain
+from server.scheduling.policy import Choice, Moment
 from server.scheduling.slo import ModelKey, OnInfeasible, Request, Slo
 from variants.variant import REFERENCE, Interval, LatencyProfile, State, Variant
 
@@ -103,6 +105,13 @@ def queue_up(model: ModelQueue, *arrivals: Arrival) -> list[Request]:
         model.note_arrival(request.samples, request.deadline_ns - request.arrival_ns, request.arrival_ns)
         model.add(request)
     return requests
+
+
+def choose(model: ModelQueue, now_ns: int, others_free_ns: Sequence[int]) -> Choice:
+    """What FitDrain would run now on an idle executor."""
+    choice = FitDrain().decide(model, Moment(now_ns, 0, others_free_ns)).choice
+    assert choice is not None
+    return choice
 
 
 def gamma_arrivals(seed: int, rate: float, cv2: float, seconds: float, slo: Slo) -> list[Arrival]:

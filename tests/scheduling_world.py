@@ -1,16 +1,14 @@
-"""A small seeded discrete-event driver over the Scheduler: virtual executors, service noise, cancels and failures.
+"""The simulator's virtual server with a log, cancellations and failures, and the invariants that always hold.
 
-It does what an engine must: make the request at its arrival, `tick` before every `decide`, sleep until `next_event_ns`.
-What it does not do is decide. `Arrival`, `Batch` and `Ended` are the frozen request and outcome log. After every
-instant `World` checks the invariants that hold whatever the traffic; it raises AssertionError with the broken state.
+`Arrival`, `Batch` and `Ended` are the frozen request and outcome log. After every instant `World` checks the invariants
+that hold whatever the traffic; it raises AssertionError with the broken state.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from random import Random
 
 from scheduling_models import MS, Arrival, ask
@@ -19,8 +17,11 @@ from server.errors import Infeasible, NotFound
 from server.scheduling.admission import Defaults
 from server.scheduling.deadline_queue import DeadlineQueue
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
+from server.scheduling.policies import PolicyFactory
+from server.scheduling.policies.fitdrain import FitDrain
 from server.scheduling.scheduler import End, Run, Scheduler
 from server.scheduling.slo import Outcome, Request
+from server.simulation.virtual_server import Fails, Service, VirtualServer, exact
 from variants.variant import State
 
 
@@ -65,24 +66,14 @@ class Ended:
     error: str = ""
 
 
-Service = Callable[[Run, int], int]
-"""How long a batch really takes: the run and the profiled latency in, nanoseconds out."""
-Fails = Callable[[Run], bool]
-
-
-def exact(run: Run, profiled_ns: int) -> int:
-    """Every batch takes what its profile says."""
-    return profiled_ns
-
-
 def noisy(seed: int, deviation: float) -> Service:
     """Gaussian service noise around the profile, from its own seeded stream."""
     random = Random(seed)  # noqa: S311 - repeatable on purpose
     return lambda _, profiled_ns: max(1, int(profiled_ns * random.gauss(1.0, deviation)))
 
 
-class World:
-    """A scheduler, its executors and a virtual clock. Drive it with `arrive`, `at` and `run`; read the log."""
+class World(VirtualServer):
+    """A virtual server to drive with `arrive`, `at` and `run`; read the log. Some invariants are FitDrain's own."""
 
     def __init__(
         self,
@@ -94,11 +85,12 @@ class World:
         service: Service = exact,
         fails: Fails = lambda _: False,
         check: bool = True,
+        policy: PolicyFactory = FitDrain,
     ) -> None:
-        self.scheduler = Scheduler(executors, max_requests=max_requests, max_bytes=max_bytes)
+        scheduler = Scheduler(executors, max_requests=max_requests, max_bytes=max_bytes, policy=policy)
+        super().__init__(scheduler, service=service, fails=fails)
         for model in models:
             self.scheduler.add_model(model)
-        self.now_ns = 0
         self.arrivals: list[Arrival] = []
         self.requests: dict[int, Request] = {}
         self.batches: list[Batch] = []
@@ -106,12 +98,8 @@ class World:
         self._keys = {model.key[0]: model.key for model in models}
         self._defaults = defaults or Defaults(latency_ns=1000 * MS)
         self._bounds = max_requests, max_bytes
-        self._service, self._fails, self._check = service, fails, check
-        self._idle = set(range(executors))
+        self._check, self._drains = check, isinstance(policy(), FitDrain)
         self._gone: set[int] = set()
-        self._events: list[tuple[int, int, Callable[[], None]]] = []
-        self._planned = 0
-        self._wake_ns: int | None = None
 
     def arrive(self, *arrivals: Arrival) -> list[int]:
         """Plan arrivals; returns their numbers."""
@@ -124,11 +112,6 @@ class World:
             if arrival.cancel_at_ns is not None:
                 self.at(arrival.cancel_at_ns, lambda number=number: self.cancel(number))  # type: ignore[misc]
         return numbers
-
-    def at(self, instant_ns: int, action: Callable[[], None]) -> None:
-        """Plan an action; ties run in the order in which they were planned."""
-        heappush(self._events, (instant_ns, self._planned, action))
-        self._planned += 1
 
     def set_state(self, name: str, state: State, model: str = "m") -> None:
         """Change one variant's state now."""
@@ -143,15 +126,6 @@ class World:
             self._end(number, Outcome.CANCELLED)
         else:
             self._gone.add(number)
-
-    def run(self, until_ns: int | None = None) -> World:
-        """Let time pass, to the end of everything or to an instant; returns itself."""
-        while self._events and (until_ns is None or self._events[0][0] <= until_ns):
-            self.now_ns = self._events[0][0]
-            while self._events and self._events[0][0] == self.now_ns:
-                heappop(self._events)[2]()
-            self._settle()
-        return self
 
     def outcome(self, number: int) -> Outcome:
         """How a request ended."""
@@ -180,27 +154,15 @@ class World:
             self._end(number, Outcome.INVALID, error=str(error))
             return
         self.requests[number] = request
-        self._end_all(self.scheduler.arrived(request, self.now_ns))
+        self.submit(request)
 
-    def _settle(self) -> None:
-        self._end_all(self.scheduler.tick(self.now_ns))
-        for executor in sorted(self._idle):
-            run = self.scheduler.decide(executor, self.now_ns)
-            if run is not None:
-                self._start(run)
+    def on_settled(self) -> None:
+        """Check what holds at every instant."""
         if self._check:
             self._check_invariants()
-        wake_ns = self.scheduler.next_event_ns(self.now_ns)
-        assert wake_ns is None or wake_ns > self.now_ns, f"nothing is left to do at {self.now_ns}, yet asked again"
-        if wake_ns is not None and (self._wake_ns is None or wake_ns < self._wake_ns):
-            self._wake_ns = wake_ns
-            self.at(wake_ns, lambda: self._woke(wake_ns))
 
-    def _woke(self, instant_ns: int) -> None:
-        if self._wake_ns == instant_ns:
-            self._wake_ns = None
-
-    def _start(self, run: Run) -> None:
+    def on_started(self, run: Run) -> None:
+        """Log and check a batch."""
         model = self.scheduler.models[run.model]
         members = tuple(
             Member(r.number, r.samples, r.shape, r.allowed, r.asked, r.deadline_ns, r.late, r.solo)
@@ -221,17 +183,10 @@ class World:
         self.batches.append(batch)
         if self._check:
             self._check_batch(batch, model)
-        self._idle.remove(run.executor)
-        taken_ns = self._service(run, model.latency.profiled_ns(run.place, run.samples))
-        self.at(self.now_ns + taken_ns, lambda: self._completed(run, taken_ns))
 
-    def _completed(self, run: Run, taken_ns: int) -> None:
-        self._idle.add(run.executor)
-        if self._fails(run):
-            self._end_all(self.scheduler.failed(run, self.now_ns, "incident"))
-            return
-        self.scheduler.finished(run, self.now_ns, taken_ns)
-        for request in run.requests:
+    def on_answered(self, run: Run, requests: Sequence[Request]) -> None:
+        """Log the answers."""
+        for request in requests:
             self._end(request.number, self._answered(request, run.place), run.variant)
 
     def _answered(self, request: Request, place: int) -> Outcome:
@@ -241,7 +196,8 @@ class World:
             return Outcome.LATE
         return Outcome.OK if request.asked >> place & 1 else Outcome.DEGRADED
 
-    def _end_all(self, ends: Iterable[End]) -> None:
+    def on_ended(self, ends: Iterable[End]) -> None:
+        """Log the other ends."""
         for end in ends:
             outcome = Outcome.CANCELLED if end.request.number in self._gone else end.outcome
             self._end(end.request.number, outcome, error=str(end.error))
@@ -259,7 +215,7 @@ class World:
         alone = any(member.retried for member in batch.members) or not model.variants[batch.place].batchable
         assert len(batch.members) == 1 or not alone, batch
         assert len({member.late for member in batch.members}) == 1, batch
-        if not batch.members[0].late:
+        if not batch.members[0].late and self._drains:
             least_ns = min(member.deadline_ns for member in batch.members)
             assert batch.at_ns + batch.predicted_ns + REPLY_RESERVE_NS <= least_ns, batch
         assert not any(member.number in self.ended for member in batch.members), batch
@@ -268,7 +224,7 @@ class World:
         """Counts add up, classes are what their keys say, nothing empty is kept, no executor idles beside work."""
         retried = 0
         for model in self.scheduler.models.values():
-            queued = [*model.queues.items(), *model.late.items()]
+            queued = [*model.regular.queues.items(), *model.late.queues.items()]
             for key, queue in queued:
                 assert queue.entries, f"an empty class was kept: {key}"
                 self._check_queue(key, queue)
@@ -278,9 +234,9 @@ class World:
             assert all(request.number not in self.ended for request in requests)
             assert all(not request.late for queue in model.queues.values() for _, _, request in queue.entries)
             retried += sum(request.solo for request in requests)
-            if self._idle and not model.max_queue_delay_ns:
-                assert not model.queues, f"executors {self._idle} idle beside {model.queues}"
-            if self._idle and model.queues:
+            if self.idle and not model.max_queue_delay_ns and self._drains:
+                assert not model.queues, f"executors {self.idle} idle beside {model.queues}"
+            if self.idle and model.queues:
                 assert self.scheduler.next_event_ns(self.now_ns) is not None
         for model in self.scheduler.models.values():
             assert model.waiting <= self._bounds[0] + retried

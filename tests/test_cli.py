@@ -95,7 +95,7 @@ def run(*arguments: str) -> int:
     ("arguments", "said"),
     [
         ([], "COMMAND"),
-        (["bench"], "invalid choice: 'bench'"),
+        (["bnech"], "invalid choice: 'bnech'"),
         (["serve", "--grpc-prot", "1"], "--grpc-prot"),
         (["serve"], "--models is required"),
         (["serve", "--models", "/nowhere"], "--models"),
@@ -105,6 +105,9 @@ def run(*arguments: str) -> int:
         (["build", "m", "--variants", ""], "'' has an empty name in it"),
         (["build", "m", "--variants", "fp32,"], "'fp32,' has an empty name in it"),
         (["explain", "digits", "--latency-ms", "soon"], "--latency-ms"),
+        (["explain", "digits", "--priority", "-1"], "--priority"),
+        (["explain", "digits", "--priority", "4294967296"], "not a whole number"),
+        (["explain", "digits", "--floor", "firm"], "--floor"),
         (["variants", "--tls-ca", "/nowhere/ca.pem"], "cannot be read"),
     ],
 )
@@ -209,6 +212,19 @@ def test_explain_sends_what_was_asked_and_shows_why(
     facts = json.loads(capsys.readouterr().out)
     assert facts["variant"] == "fp32"
     assert [candidate["predicted_latency_ms"] for candidate in facts["candidates"]] == [2.5, None]
+
+
+def test_explain_can_ask_whatever_a_request_can(running: tuple[Variants, str]) -> None:
+    """Every field of an SLO has its flag, and one that is not given is not set."""
+    service, url = running
+    flags = ("--floor", "soft", "--on-infeasible", "degrade, late", "--variant", "amp", "--priority", "3")
+    assert run("explain", "digits", "--min-accuracy", "0.9", *flags, "--url", url) == 0
+    assert run("explain", "digits", "--url", url) == 0
+    everything, nothing = service.asked
+    assert everything.slo == pb.Slo(
+        min_accuracy=0.9, floor="soft", on_infeasible=["degrade", "late"], variant="amp", priority=3
+    )
+    assert nothing.slo == pb.Slo()
 
 
 def test_an_argument_the_server_refuses_is_exit_2(

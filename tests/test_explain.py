@@ -10,8 +10,8 @@ import pytest
 from server.errors import NotFound
 from server.scheduling.admission import Defaults, Load, make_request
 from server.scheduling.explain import Explanation, explain
-from server.scheduling.fitdrain import choose
 from server.scheduling.model_queue import ModelQueue
+from server.scheduling.policies.fitdrain import FitDrain
 from server.scheduling.slo import ModelKey, OnInfeasible, Slo
 from variants.variant import Interval, LatencyProfile, State, Variant
 
@@ -36,7 +36,7 @@ DEFAULTS = Defaults(latency_ns=1000 * MS)
 def ask(slo: Slo, *, busy_ms: float = 0, queue: ModelQueue | None = None, defaults: Defaults = DEFAULTS) -> Explanation:
     """Explain on a server with one executor that is busy for so long."""
     load = Load(NOW, [NOW + int(busy_ms * MS)], 0, 10**9)
-    return explain(queue or ModelQueue(ModelKey("m", "1"), VARIANTS), VARIANTS, slo, defaults, load, choose)
+    return explain(queue or ModelQueue(ModelKey("m", "1"), VARIANTS), VARIANTS, slo, defaults, load, FitDrain())
 
 
 def whys(explanation: Explanation) -> Mapping[str, str]:
@@ -130,7 +130,7 @@ def test_asking_leaves_no_trace() -> None:
 
     def state() -> tuple[object, ...]:
         classes = {key: list(each.entries) for key, each in queue.queues.items()}
-        return queue.waiting, queue.waiting_bytes, queue.typical_budget_ns, classes, dict(queue.late)
+        return queue.waiting, queue.waiting_bytes, queue.typical_budget_ns, classes, dict(queue.late.queues)
 
     before = state()
     for slo in (Slo(), Slo(latency_ns=6 * MS), Slo(latency_ns=1), Slo(variant="slow"), Slo(min_accuracy=2.0)):

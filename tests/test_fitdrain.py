@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from scheduling_models import MS, SIZES, Arrival, model_of, queue_up, variant
+from scheduling_models import MS, SIZES, Arrival, choose, model_of, queue_up, variant
 
-from server.scheduling.fitdrain import Choice, choose
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
+from server.scheduling.policy import Choice
 from server.scheduling.slo import Slo
 
 

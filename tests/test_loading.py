@@ -14,7 +14,7 @@ import pytest
 from factory_fixtures import build_in_process
 from serving import asking, request_for, serving
 
-from server import loading
+from server import candidates
 from server.loading import Host, load_model
 from server.models import ServedModel
 from variants.hardware import Hardware
@@ -274,7 +274,7 @@ def test_evidence_from_a_cpu_proves_nothing_on_cuda(repository: Path, host: Host
     card = version.card("pruned")
     assert card is not None
     gpu = replace(host, device="cuda", runtimes={"onnxruntime": host.runtimes["onnxruntime"]})
-    found, why = loading._candidates(version, card, gpu)
+    found, why = candidates.find_candidates(version, card, gpu)
     assert (found, "measured on a CPU and proves nothing about cuda" in why) == ([], True)
 
 

@@ -16,6 +16,7 @@ from variants.measure import (
     Example,
     ProfileCache,
     ProfileKey,
+    Profiles,
     find_failures,
     measure_profiles,
     profile_batch_sizes,
@@ -196,13 +197,15 @@ def test_synthetic_inputs_without_a_batch() -> None:
 
 KEY = ProfileKey("ab" * 32, "onnxruntime", "1.2.3", "fp32", 1, "cpu", "host", (1, 2, 4), ("x float32 (1, 2)",), 1)
 PROFILE = LatencyProfile((1, 2, 4), (10, 20, 30))
+LONGER = LatencyProfile((1, 4), (40, 90))
+PROFILES = Profiles(PROFILE, LatencyProfile((1, 2, 4), (11, 25, 50)), ((8, PROFILE), (16, LONGER)))
 
 
 def test_cache_remembers(tmp_path: Path) -> None:
     """A profile is found again by another cache on the same folder, which it makes itself and leaves tidy."""
     folder = tmp_path / "deep" / "profiles"
-    ProfileCache(folder).put(KEY, PROFILE)
-    assert ProfileCache(folder).get(KEY) == PROFILE
+    ProfileCache(folder).put(KEY, PROFILES)
+    assert ProfileCache(folder).get(KEY) == PROFILES
     assert [path.suffix for path in folder.iterdir()] == [".json"]
 
 
@@ -222,21 +225,31 @@ def test_cache_remembers(tmp_path: Path) -> None:
 def test_cache_tells_apart_what_differs(tmp_path: Path, other: ProfileKey) -> None:
     """Every part of the key matters: a profile never answers for other circumstances."""
     cache = ProfileCache(tmp_path)
-    cache.put(KEY, PROFILE)
-    assert cache.get(other) is None
+    cache.put(KEY, PROFILES)
+    assert cache.get(other) == Profiles()
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"batch_sizes": [2, 1], "latencies_ns": [1, 1]}', '{"latencies_ns": 3}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"batch_sizes": [1, 2], "latencies_ns": [1, 1]}',  # the format of 0.1, which knew profiles alone
+        '{"alone": {"batch_sizes": [2, 1], "latencies_ns": [1, 1]}, "crowded": null, "lengths": null}',
+        '{"alone": {"latencies_ns": 3}, "crowded": null, "lengths": null}',
+        '{"alone": null, "crowded": null, "lengths": [[1]]}',
+        '{"alone": null, "crowded": null}',
+    ],
 )
 def test_cache_forgets_what_is_damaged(tmp_path: Path, text: str) -> None:
-    """A damaged entry reads as absent and is replaced by the next measurement."""
+    """A damaged entry, or one of an older release, reads as absent and is replaced by the next measurement."""
     cache = ProfileCache(tmp_path)
-    cache.put(KEY, PROFILE)
+    cache.put(KEY, PROFILES)
     next(tmp_path.iterdir()).write_text(text)
-    assert cache.get(KEY) is None
-    cache.put(KEY, PROFILE)
-    assert cache.get(KEY) == PROFILE
+    assert cache.get(KEY) == Profiles()
+    cache.put(KEY, PROFILES)
+    assert cache.get(KEY) == PROFILES
 
 
 def test_no_cache_is_no_failure(tmp_path: Path) -> None:
@@ -244,8 +257,8 @@ def test_no_cache_is_no_failure(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     for cache in (ProfileCache(None), ProfileCache(blocked / "profiles")):
-        cache.put(KEY, PROFILE)
-        assert cache.get(KEY) is None
+        cache.put(KEY, PROFILES)
+        assert cache.get(KEY) == Profiles()
 
 
 @contextmanager
@@ -266,11 +279,11 @@ def test_a_read_only_folder_is_no_failure() -> None:
     """A folder that may only be read still answers, and forgets silently."""
     with TemporaryDirectory() as name, unprivileged(folder := Path(name)):
         cache = ProfileCache(folder)
-        cache.put(KEY, PROFILE)
+        cache.put(KEY, PROFILES)
         folder.chmod(0o500)
         with pytest.raises(PermissionError):
             (folder / "probe").touch()
-        cache.put(replace(KEY, threads=2), PROFILE)
-        assert cache.get(KEY) == PROFILE
-        assert cache.get(replace(KEY, threads=2)) is None
+        cache.put(replace(KEY, threads=2), PROFILES)
+        assert cache.get(KEY) == PROFILES
+        assert cache.get(replace(KEY, threads=2)) == Profiles()
         folder.chmod(0o700)

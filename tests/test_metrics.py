@@ -11,7 +11,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as openmetr
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from server.events import BatchRan, Decided, RequestEnded
-from server.metrics import DURATIONS, Metrics, ModelLoad, geometric
+from server.metrics import DURATIONS, ExecutorHealth, Metrics, ModelLoad, geometric
 from server.scheduling.slo import Outcome
 from variants.variant import Interval, LatencyProfile, State, Variant
 
@@ -42,6 +42,9 @@ REFERENCE = {
     "inflight_requests": ("gauge", {"model"}),
     "saturation_ratio": ("gauge", {"model"}),
     "latency_prediction_error_ratio": ("histogram", {"model", "version", "variant"}),
+    "latency_predictions_total": ("counter", {"model", "version", "variant", "result"}),
+    "executor_slowdown_ratio": ("gauge", {"executor"}),
+    "executor_lost": ("gauge", {"executor"}),
     "decision_duration_seconds": ("histogram", set()),
     "executor_busy_seconds_total": ("counter", {"executor"}),
     "hardware_info": ("gauge", {"isa"}),
@@ -82,6 +85,7 @@ def metrics(registry: CollectorRegistry) -> Metrics:
     metrics.add_executors(2)
     metrics.set_hardware({"isa": "avx512_vnni"})
     metrics.watch(lambda: {"digits": ModelLoad(5, 1024, 7, 0.25)})
+    metrics.watch_executors(lambda: [ExecutorHealth(1.0, False), ExecutorHealth(1.75, True)])
     return metrics
 
 
@@ -124,6 +128,8 @@ def test_every_label_set_exists_before_the_first_request(metrics: Metrics, regis
             assert value(registry, "requests_total", of(variant), outcome=outcome) == 0
         for result in ("met", "missed"):
             assert value(registry, "slo_requests_total", of(variant), result=result) == 0
+        for result in ("kept", "exceeded"):
+            assert value(registry, "latency_predictions_total", of(variant), result=result) == 0
         assert value(registry, "request_duration_seconds_count", of(variant)) == 0
     assert value(registry, "routing_decisions_total", of("int8-dynamic"), reason="fit") == 0
     assert value(registry, "executor_busy_seconds_total", executor="0") == 0
@@ -207,6 +213,22 @@ def test_a_batch_is_counted_with_its_size_reason_and_prediction(metrics: Metrics
     assert value(registry, "latency_prediction_error_ratio_sum", of()) == pytest.approx(1.25)
     assert value(registry, "executor_busy_seconds_total", executor="1") == pytest.approx(0.01)
     assert value(registry, "executor_busy_seconds_total", executor="0") == 0
+
+
+def test_a_prediction_is_kept_or_exceeded(metrics: Metrics, registry: CollectorRegistry) -> None:
+    """A batch that takes exactly as long as predicted keeps it; one that failed says nothing."""
+    for taken_ns, failed in ((8_000_000, False), (7_999_999, False), (8_000_001, False), (9_000_000, True)):
+        metrics(ran(compute_ns=taken_ns, failed=failed))
+    counts = {r: value(registry, "latency_predictions_total", of(), result=r) for r in ("kept", "exceeded")}
+    assert counts == {"kept": 2, "exceeded": 1}
+
+
+def test_executors_show_how_slow_they_are_and_whether_they_are_lost(
+    metrics: Metrics, registry: CollectorRegistry
+) -> None:
+    """One gauge each by the executor's number, read at the scrape."""
+    assert [value(registry, "executor_slowdown_ratio", executor=n) for n in "01"] == [1.0, 1.75]
+    assert [value(registry, "executor_lost", executor=n) for n in "01"] == [0, 1]
 
 
 def test_a_failed_batch_occupied_its_executor_and_nothing_else(metrics: Metrics, registry: CollectorRegistry) -> None:

@@ -12,12 +12,13 @@ from random import Random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scheduling_models import MS, Arrival, variant
-from scheduling_world import Service, World, exact
+from scheduling_world import World
 
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.scheduler import Run
 from server.scheduling.slo import ModelKey, OnInfeasible, Outcome, Slo
+from server.simulation.virtual_server import Service, exact
 from variants.variant import State, Variant
 
 REFUSED = {Outcome.REJECTED, Outcome.INFEASIBLE, Outcome.EXPIRED}
@@ -148,7 +149,9 @@ def test_every_request_ends_exactly_once_and_leaves_nothing_behind(scenario: Sce
     assert sorted(world.ended) == list(range(len(scenario.arrivals)))
     for model in world.scheduler.models.values():
         assert (model.waiting, model.waiting_bytes) == (0, 0)
-        assert (model.queues, model.late, model._by_deadline) == ({}, {}, {})
+        for left in (model.regular, model.late):
+            assert not (left.queues or left.by_shape or left.classes or left.samples)
+        assert not model._by_deadline
     assert world.scheduler.busy_executors == 0
     assert world.scheduler.next_event_ns(world.now_ns) is None
 

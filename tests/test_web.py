@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from server.events import BatchRan, RequestEnded
+from server.events import BatchRan, PassedOver, RequestEnded
 from server.metrics import Metrics, ModelLoad
 from server.scheduling.slo import Outcome
 from server.security import Authorizer, Scope
@@ -276,8 +276,29 @@ def test_the_page_shows_load_and_recent_decisions(server: Server) -> None:
     assert "1 of 2 executors busy" in page
     assert "queue 5 requests, 2.0 KiB · in flight 7 · saturation 25%" in page
     assert Text(page).rows[-2:] == [
-        ["0.0 s ago", "digits 3", "int8-dynamic", "fit", "8 in 3 requests", "1", "9.00 ms", "8.00 ms"],
-        ["1.5 s ago", "digits 3", "fp32", "fit", "8 in 3 requests", "1", "failed", "8.00 ms"],
+        ["0.0 s ago", "digits 3", "int8-dynamic", "8 samples of 3 requests", "1", "9.00 ms", "8.00 ms", "fit", "–"],
+        ["1.5 s ago", "digits 3", "fp32", "8 samples of 3 requests", "1", "failed", "8.00 ms", "fit", "–"],
+    ]
+    assert "<strong>9.00 ms</strong>" in page, "a prediction that was exceeded stands out"
+
+
+def test_a_decision_says_what_every_more_accurate_variant_lacked(server: Server) -> None:
+    """Time, samples or time of those behind, in words; other circumstances come first."""
+    missing = (
+        PassedOver("fp32", "slack", 3_100_000), PassedOver("amp", "batch", 1), PassedOver("int8", "drain", 12_340_000)
+    )  # fmt: skip
+    ran = BatchRan("digits", "3", "pruned", 0, 1, 1, "drain", 7_000_000, 8_000_000, False, missing)
+    server.recent(ran)
+    server.recent(replace(ran, reason="overload", passed_over=missing[:1]))
+    server.recent(replace(ran, reason="best", passed_over=()))
+    whys = [row[-1] for row in Text(server.ask("/").read().decode()).rows[-3:]]
+    assert whys == [
+        "the most accurate that was allowed",
+        "not everyone could be in time, and this batch serves the most; fp32 was 3.10 ms short of being in time",
+        (
+            "fp32 was 3.10 ms short of being in time; amp was 1 sample short of a full batch; "
+            "int8 would have made those behind 12.34 ms late"
+        ),
     ]
 
 
@@ -289,7 +310,7 @@ def test_the_page_escapes_whatever_it_shows() -> None:
         True, False, evil, 1, 0, evil, (ModelStatus(evil, evil, (variant,), ModelLoad(0, 0, 0, 0.0)),), {evil: evil}
     )  # fmt: skip
     recent = Recent(lambda: 0)
-    recent(BatchRan(evil, evil, evil, 0, 1, 1, evil, 1, 1, False))
+    recent(BatchRan(evil, evil, evil, 0, 1, 1, evil, 1, 1, False, (PassedOver(evil, evil, 1),)))
     page = render(status, recent)
     assert "<script" not in page
     assert page.count("&lt;script&gt;$body") >= 10

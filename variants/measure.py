@@ -2,7 +2,7 @@
 
 Rules: sessions that will be compared are measured in turns, so that a disturbance falls on all of them and ratios hold;
 a latency is the least of several rounds' medians, since other work can only ever make a round slower. Durations are
-integer nanoseconds of an injected clock, budgets are seconds.
+integer nanoseconds of an injected clock, budgets are seconds. A session may be measured in company (`crowd.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from variants.variant import LatencyProfile, TensorSpec
 Inputs = Mapping[str, Array]
 Example = Inputs | Callable[[int], Inputs]
 """Inputs of one sample (dim 0 has size 1), or a function that makes inputs for a batch size."""
+
+Company = Callable[[Session, Inputs], AbstractContextManager[None]]
+"""What else runs while a session is measured on these inputs: a context that lasts as long."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -65,15 +68,23 @@ def synthetic_inputs(specs: Sequence[TensorSpec], batch_size: int, *, batch_axis
     return inputs
 
 
-def find_failures(sessions: Mapping[Key, Session], example: Example, batch_sizes: Sequence[int]) -> dict[Key, str]:
+def alone(_session: Session, _inputs: Inputs) -> AbstractContextManager[None]:
+    """No company: nothing else runs."""
+    return nullcontext()
+
+
+def find_failures(
+    sessions: Mapping[Key, Session], example: Example, batch_sizes: Sequence[int], *, company: Company = alone
+) -> dict[Key, str]:
     """The sessions that cannot run the example at one of the batch sizes, and why: they must not be measured."""
     failures: dict[Key, str] = {}
     for size in sorted(set(batch_sizes)):
-        inputs = _batch(example, size)
+        inputs = batch_of(example, size)
         for key, session in sessions.items():
             if key not in failures and (size == 1 or session.batch_axis):
                 try:
-                    session.run(inputs)
+                    with company(session, inputs):
+                        session.run(inputs)
                 except Exception as error:  # every runtime raises its own
                     failures[key] = f"it fails at batch size {size}: {' '.join(str(error).split())[:300]}"
     return failures
@@ -85,21 +96,23 @@ def measure_profiles(
     batch_sizes: Sequence[int],
     *,
     budget_s: float,
+    company: Company = alone,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[Key, LatencyProfile]:
     """The latency profiles of sessions that run the same model on this host, comparable with one another.
 
-    A session without a batch axis is measured at batch size 1 only. The budget bounds the time spent, except that
-    every session runs at least twice per batch size: once to warm up, once to be measured.
+    `company` runs beside every run that is timed. A session without a batch axis is measured at batch size 1 only. The
+    budget bounds the time spent, except that every session runs at least twice per batch size: once to warm up, once to
+    be measured.
     """
     sizes = sorted(set(batch_sizes))
     latencies: dict[Key, dict[int, int]] = {key: {} for key in sessions}
     deadline = clock() + int(budget_s * 1e9)
     for position, size in enumerate(sizes):
         share = max(0, deadline - clock()) // (len(sizes) - position)  # what small batches leave goes to larger ones
-        inputs = _batch(example, size)
+        inputs = batch_of(example, size)
         taking_part = {key: session for key, session in sessions.items() if size == 1 or session.batch_axis}
-        for key, latency in _measure(taking_part, inputs, share, clock).items():
+        for key, latency in _measure(taking_part, inputs, share, company, clock).items():
             latencies[key][size] = latency
     return {key: _profile(found) for key, found in latencies.items()}
 
@@ -110,20 +123,23 @@ def _profile(found: Mapping[int, int]) -> LatencyProfile:
     return LatencyProfile(tuple(found), tuple(min(latencies[position:]) for position in range(len(latencies))))
 
 
-def _batch(example: Example, size: int) -> Inputs:
+def batch_of(example: Example, size: int) -> Inputs:
+    """The inputs of a batch: one sample repeated, or what the function gives."""
     if callable(example):
         return example(size)
     return {name: np.repeat(array[:1], size, axis=0) if array.ndim else array for name, array in example.items()}
 
 
 def _measure(
-    sessions: Mapping[Key, Session], inputs: Inputs, share_ns: int, clock: Callable[[], int]
+    sessions: Mapping[Key, Session], inputs: Inputs, share_ns: int, company: Company, clock: Callable[[], int]
 ) -> dict[Key, int]:
     """The latency of each session at one batch size, in nanoseconds, found in about `share_ns`."""
     end = clock() + share_ns
-    for session in sessions.values():
+    estimates = {}
+    for key, session in sessions.items():
         session.run(inputs)  # the first run allocates, and some runtimes compile for the new shape
-    estimates = {key: _time_run(session, inputs, clock) for key, session in sessions.items()}
+        with company(session, inputs):
+            estimates[key] = _time_run(session, inputs, clock)
     turn_ns = share_ns // (_ROUNDS * max(1, len(sessions)))
     runs = {key: min(max(turn_ns // estimate, 1), _RUNS_PER_ROUND) for key, estimate in estimates.items()}
     round_ns = sum(runs[key] * estimate for key, estimate in estimates.items())
@@ -132,7 +148,8 @@ def _measure(
         if clock() + round_ns > end:
             break
         for key, session in sessions.items():
-            medians[key].append(int(median(_time_run(session, inputs, clock) for _ in range(runs[key]))))
+            with company(session, inputs):
+                medians[key].append(int(median(_time_run(session, inputs, clock) for _ in range(runs[key]))))
     return {key: min(medians[key], default=estimates[key]) for key in sessions}
 
 
@@ -145,7 +162,7 @@ def _time_run(session: Session, inputs: Inputs, clock: Callable[[], int]) -> int
 
 def describe_inputs(example: Example) -> tuple[str, ...]:
     """Name, dtype and shape of every input of one sample, since a longer sequence is another latency."""
-    return tuple(f"{name} {array.dtype} {array.shape}" for name, array in sorted(_batch(example, 1).items()))
+    return tuple(f"{name} {array.dtype} {array.shape}" for name, array in sorted(batch_of(example, 1).items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,27 +181,41 @@ class ProfileKey:
     executors: int
 
 
+@dataclass(frozen=True, slots=True)
+class Profiles:
+    """What was measured under one key, as `Variant` has it; None is what was not."""
+
+    alone: LatencyProfile | None = None
+    crowded: LatencyProfile | None = None
+    lengths: tuple[tuple[int, LatencyProfile], ...] | None = None
+
+
 class ProfileCache:
     """Measured profiles in a folder, one JSON file per key; None, a missing or a read-only folder is just no cache."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def get(self, key: ProfileKey) -> LatencyProfile | None:
-        """The remembered profile, or None if there is none that can be read."""
+    def get(self, key: ProfileKey) -> Profiles:
+        """What is remembered; nothing where there is no entry that can be read."""
         if self._folder is None:
-            return None
+            return Profiles()
         try:
             found = json.loads(self._path(self._folder, key).read_text())
-            return LatencyProfile(tuple(found["batch_sizes"]), tuple(found["latencies_ns"]))
-        except (OSError, ValueError, KeyError, TypeError):  # a damaged entry is measured again
-            return None
+            alone, crowded, lengths = found["alone"], found["crowded"], found["lengths"]
+            return Profiles(
+                alone=None if alone is None else _read(alone),
+                crowded=None if crowded is None else _read(crowded),
+                lengths=None if lengths is None else tuple((int(length), _read(each)) for length, each in lengths),
+            )
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or of an older release: measured again
+            return Profiles()
 
-    def put(self, key: ProfileKey, profile: LatencyProfile) -> None:
-        """Remember a profile, atomically; silently does nothing where the folder cannot be written."""
+    def put(self, key: ProfileKey, profiles: Profiles) -> None:
+        """Remember profiles, atomically; silently does nothing where the folder cannot be written."""
         if self._folder is None:
             return
-        entry = {"key": asdict(key), **asdict(profile)}
+        entry = {"key": asdict(key), **asdict(profiles)}
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
@@ -199,3 +230,7 @@ class ProfileCache:
     def _path(folder: Path, key: ProfileKey) -> Path:
         digest = hashlib.sha256(json.dumps(asdict(key), sort_keys=True).encode()).hexdigest()
         return folder / f"{digest[:32]}.json"
+
+
+def _read(entry: Mapping[str, Any]) -> LatencyProfile:
+    return LatencyProfile(tuple(entry["batch_sizes"]), tuple(entry["latencies_ns"]))

@@ -185,6 +185,10 @@ class Variant:
 
     `score` and `drop` are the evidence for the runtime in use, None where nothing was measured. `profile` is None
     unless the variant was measured here. `batchable` is False when batch-mates would change an answer.
+
+    `crowded` is `profile` while every other executor runs the variant too, nowhere below it; None where there is one
+    executor, or a GPU. `lengths` are profiles alone by the elements that one sample has in all inputs together, rising,
+    up to the same batch size, the real length's among them; empty where no input axis but the batch varies.
     """
 
     name: str
@@ -198,6 +202,8 @@ class Variant:
     profile: LatencyProfile | None = None
     batchable: bool = True
     size_bytes: int = 0
+    crowded: LatencyProfile | None = None
+    lengths: tuple[tuple[int, LatencyProfile], ...] = ()
 
     @property
     def proven_accuracy(self) -> float:

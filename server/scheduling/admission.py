@@ -20,6 +20,7 @@ QUEUE_FULL_RETRY_NS = 50_000_000
 
 _DEFAULT_PRIORITY = 2
 _MOST_PRIORITY = 8
+_MOST_FLOORS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,12 @@ def make_request(  # noqa: PLR0913 - these are the facts of a request, named at 
     shape: Hashable,
     arrival_ns: int,
     rpc_deadline_ns: int | None = None,
+    length: int = 0,
     payload: object = None,
 ) -> Request:
     """A request with its floor class, deadline and place in the queue settled.
+
+    `length` counts the elements per sample of its inputs where that varies from request to request, else it is 0.
 
     Raises NotFound for a pinned variant that does not exist, Infeasible when no variant satisfies the floor.
     """
@@ -95,10 +99,11 @@ def make_request(  # noqa: PLR0913 - these are the facts of a request, named at 
         on_infeasible=_on_infeasible(slo, defaults, named_latency=named_latency),
         pinned=slo.variant is not None,
         payload=payload,
+        step=model.latency.step(length),
     )
     if not asked and not (request.fallback and OnInfeasible.DEGRADE in request.on_infeasible):
         why = "is proven to meet this accuracy floor" if model.eligible else "takes traffic at the moment"
-        raise Infeasible(f"no variant of {model.key.name} {why}; {offers(model, samples)}")
+        raise Infeasible(f"no variant of {model.key.name} {why}; {offers(model, samples, request.step)}")
     return request
 
 
@@ -106,12 +111,19 @@ def with_floor(slo: Slo, defaults: Defaults) -> Slo:
     """The SLO with the model's own floor where it names none; that one is soft unless the request says otherwise."""
     if slo.min_accuracy is not None or slo.max_accuracy_drop is not None:
         return slo if slo.hard is not None else replace(slo, hard=True)
+    if defaults.max_accuracy_drop is None:
+        return slo
     return replace(slo, max_accuracy_drop=defaults.max_accuracy_drop, hard=bool(slo.hard))
 
 
 def _floor_class(model: ModelQueue, slo: Slo) -> int:
     if slo.variant is None:
-        return sum(1 << i for i in bits(model.eligible) if meets_floor(model.variants[i], slo))
+        floor = slo.min_accuracy, slo.max_accuracy_drop
+        if floor not in model.floors:
+            if len(model.floors) >= _MOST_FLOORS:  # clients choose the numbers
+                model.floors.clear()
+            model.floors[floor] = sum(1 << i for i in bits(model.eligible) if meets_floor(model.variants[i], slo))
+        return model.floors[floor]
     for place, variant in enumerate(model.variants):
         if variant.name == slo.variant:
             if model.states[variant.name] is State.DISABLED:
@@ -131,11 +143,12 @@ def _on_infeasible(slo: Slo, defaults: Defaults, *, named_latency: bool) -> tupl
     return defaults.on_infeasible or (OnInfeasible.REJECT,)
 
 
-def offers(model: ModelQueue, samples: int) -> str:
+def offers(model: ModelQueue, samples: int, step: int = 0) -> str:
     """What could be had on an idle server, for a client that asked for too much."""
     pairs = [
-        f"{model.variants[v].name} (accuracy {_proven(model.variants[v])}, {_achievable_ms(model, v, samples):.2f} ms)"
+        f"{model.variants[v].name} (accuracy {_proven(model.variants[v])}, {idle_ms:.2f} ms)"
         for v in model.fitting(model.eligible, samples)
+        for idle_ms in [_achievable_ms(model, v, samples, step)]
     ]
     return f"achievable here: {', '.join(pairs) or 'nothing'}"
 
@@ -144,9 +157,9 @@ def _proven(variant: Variant) -> str:
     return f"{variant.proven_accuracy:.4f}" if variant.score else "unproven"
 
 
-def _achievable_ms(model: ModelQueue, variant: int, samples: int) -> float:
+def _achievable_ms(model: ModelQueue, variant: int, samples: int, step: int) -> float:
     """The least latency that this variant can promise on an idle server, rounded up to what is printed of it."""
-    return -(-(model.latency.idle_ns(variant, samples) + REPLY_RESERVE_NS) // 10_000) / 100
+    return -(-(model.latency.idle_ns(variant, samples, step) + REPLY_RESERVE_NS) // 10_000) / 100
 
 
 def predicted_finish_ns(model: ModelQueue, request: Request, allowed: int, load: Load) -> int | None:
@@ -155,7 +168,7 @@ def predicted_finish_ns(model: ModelQueue, request: Request, allowed: int, load:
     Work ahead in the order is spread over the executors as a fluid. Other models share the executors fairly, so they
     hold this one up by at most as much work as it has itself.
     """
-    quickest_ns = model.quickest_ns(allowed, request.samples)
+    quickest_ns = model.quickest_ns(allowed, request.samples, request.step)
     if quickest_ns is None:
         return None
     ahead_ns = model.backlog_ns(request.order_ns)
@@ -194,19 +207,19 @@ def refusal(model: ModelQueue, request: Request, load: Load) -> ServingError | N
 
 def why_not(model: ModelQueue, request: Request, allowed: int, load: Load) -> ServingError | None:
     """Why a request cannot be answered in time on these variants; None when it can."""
-    name, samples = model.key.name, request.samples
+    name, samples, step = model.key.name, request.samples, request.step
     fitting = model.fitting(allowed, samples)
     if not fitting:
-        return Infeasible(f"no variant of {name} that this request allows can run here; {offers(model, samples)}")
+        return Infeasible(f"no variant of {name} that this request allows can run here; {offers(model, samples, step)}")
     finish_ns = predicted_finish_ns(model, request, allowed, load)
     if finish_ns is None or finish_ns <= request.deadline_ns:
         return None
     budget_ns = request.deadline_ns - request.arrival_ns
-    if min(model.latency.idle_ns(v, samples) for v in fitting) + REPLY_RESERVE_NS > budget_ns:
-        idle_ms = min(_achievable_ms(model, v, samples) for v in fitting)
+    if min(model.latency.idle_ns(v, samples, step) for v in fitting) + REPLY_RESERVE_NS > budget_ns:
+        idle_ms = min(_achievable_ms(model, v, samples, step) for v in fitting)
         return Infeasible(
             f"{name} cannot meet {budget_ns / 1e6:.2f} ms with the variants that this request allows, even when idle: "
-            f"they take {idle_ms:.2f} ms; {offers(model, samples)}"
+            f"they take {idle_ms:.2f} ms; {offers(model, samples, step)}"
         )
     late_ns = finish_ns - request.deadline_ns
     return Overloaded(f"{name} is too busy: this request would be {late_ns / 1e6:.2f} ms late", late_ns)

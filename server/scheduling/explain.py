@@ -1,19 +1,31 @@
-"""Which variant a request would get at this moment, and why not each of the others.
+"""Which variant a request would get at this moment, why not each of the others, and what it would take for them.
 
-The question is put to the very policy that decides: the request is queued, the policy asked, the request taken out.
+The question is put to the very policy that decides: the request is queued behind those who wait, what goes first is
+played forward, and everything is put back. For the variants that are passed over for the sake of others the policy is
+asked again at lower rates of arrival.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
 
 from server.errors import Infeasible
 from server.scheduling.admission import Defaults, Load, make_request, meets_floor, refusal, with_floor
-from server.scheduling.fitdrain import Choice
+from server.scheduling.forecast import ArrivalForecast
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
+from server.scheduling.policy import Choice, Moment, PassedOver, Policy
 from server.scheduling.slo import Request, Slo
 from variants.variant import State, Variant
+
+_ANY_SHAPE = ("explain",)
+_NEWEST = 1 << 62
+"""The number of a request that came after all others."""
+_RATE_STEPS = 10
+_MOST_BATCHES = 32
+"""How many batches are played forward until it is the request's turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,115 +47,211 @@ class Explanation:
     standings: tuple[Standing, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What became of the request, and the more accurate variants that were passed over for it."""
+
+    variant: str | None
+    reason: str
+    passed_over: dict[int, PassedOver]
+    most_rate: dict[int, float]
+    """For variants passed over for what is to come: the arrivals per second up to which they would be chosen."""
+
+
 def explain(
-    model: ModelQueue,
-    variants: Sequence[Variant],
-    slo: Slo,
-    defaults: Defaults,
-    load: Load,
-    policy: Callable[[ModelQueue, int, Sequence[int]], Choice],
+    model: ModelQueue, variants: Sequence[Variant], slo: Slo, defaults: Defaults, load: Load, policy: Policy
 ) -> Explanation:
     """What would happen to a request for one sample that arrived now. Raises NotFound for an unknown pinned variant."""
-    model.latency.refresh(load.now_ns)
     slo = with_floor(slo, defaults)
-    chosen, reason = _ask(model, slo, defaults, load, policy)
+    answer = _ask(model, slo, defaults, load, policy)
     budget_ns = slo.latency_ns if slo.latency_ns is not None else defaults.latency_ns
     places = {variant.name: place for place, variant in enumerate(model.variants)}
-    standings = [_standing(model, places.get(v.name), v, slo, budget_ns, chosen) for v in variants]
-    return Explanation(chosen, reason, tuple(standings))
+    standings = [_standing(model, places.get(v.name), v, slo, budget_ns, answer, load) for v in variants]
+    return Explanation(answer.variant, answer.reason, tuple(standings))
 
 
-def _ask(
-    model: ModelQueue,
-    slo: Slo,
-    defaults: Defaults,
-    load: Load,
-    policy: Callable[[ModelQueue, int, Sequence[int]], Choice],
-) -> tuple[str | None, str]:
+def _ask(model: ModelQueue, slo: Slo, defaults: Defaults, load: Load, policy: Policy) -> _Answer:
     try:
         request = make_request(
-            model, slo, defaults, number=-1, samples=1, size_bytes=0, shape=_ANY_SHAPE, arrival_ns=load.now_ns
+            model,
+            slo,
+            defaults,
+            number=_NEWEST,
+            samples=1,
+            size_bytes=0,
+            shape=_usual_shape(model),
+            arrival_ns=load.now_ns,
         )
     except Infeasible as error:
-        return None, str(error)
-    refused = refusal(model, request, load)
+        return _Answer(None, str(error), {}, {})
+    refused = refusal(model, request, load) if policy.admits else None
     if refused is not None:
-        return None, str(refused)
+        return _Answer(None, str(refused), {}, {})
     if request.late:
         fastest = model.fastest(request.allowed)
-        return (None, "late") if fastest is None else (model.variants[fastest].name, "late")
-    if model.hopeless(load.now_ns):  # their end is due, and the policy must not see them
-        model = _alone(model)
-    choice = _with_request(model, request, load, policy)
-    reason = choice.reason
-    if request not in choice.requests:  # others go first: what it gets when its turn comes
-        choice, reason = _with_request(_alone(model), request, _after(model, request, load), policy), "queue"
+        return _Answer(None if fastest is None else model.variants[fastest].name, "late", {}, {})
+    with _rehearsal(model, request, load, policy) as rehearsal:
+        return _rehearsed(rehearsal, request)
+
+
+def _usual_shape(model: ModelQueue) -> Hashable:
+    """The shape of most of what waits: the question is about a request like the others, which may share a batch."""
+    waiting = max(model.queues.items(), key=lambda item: item[1].samples, default=None)
+    return waiting[1].first().shape if waiting and not waiting[1].first().solo else _ANY_SHAPE
+
+
+def _rehearsed(rehearsal: _Rehearsal, request: Request) -> _Answer:
+    choice, batches = rehearsal.turn_of(request)
+    if choice is None:
+        return _Answer(None, "wait", {}, {})
+    reason = "queue" if batches else choice.reason
     if not request.asked >> choice.variant & 1:
         reason = "degraded"
-    return model.variants[choice.variant].name, reason
+    passed_over = {passed.variant: passed for passed in choice.passed_over}
+    drained = [place for place, passed in passed_over.items() if passed.reason == "drain" and place < choice.variant]
+    rates = {place: rehearsal.most_rate(request, place) for place in drained}
+    return _Answer(rehearsal.model.variants[choice.variant].name, reason, passed_over, rates)
 
 
-_ANY_SHAPE = ("explain",)
-"""A shape of its own: the question is about the variant, not about who would share the batch."""
-
-
-def _alone(model: ModelQueue) -> ModelQueue:
-    """The same model with nobody waiting."""
-    alone = ModelQueue(model.key, model.variants)
-    alone.set_states(model.states)
-    alone.latency, alone.forecast = model.latency, model.forecast
-    alone.typical_budget_ns = model.typical_budget_ns
-    return alone
-
-
-def _after(model: ModelQueue, request: Request, load: Load) -> Load:
-    """The load once the work ahead of the request has been done."""
-    ahead_ns = model.backlog_ns(request.order_ns) // len(load.free_ns)
-    now_ns = max(load.now_ns, min(load.free_ns)) + ahead_ns
-    return replace(load, now_ns=now_ns, free_ns=[max(free, now_ns) for free in load.free_ns])
-
-
-def _with_request(
-    model: ModelQueue,
-    request: Request,
-    load: Load,
-    policy: Callable[[ModelQueue, int, Sequence[int]], Choice],
-) -> Choice:
-    budget_ns = model.typical_budget_ns
-    model.typical_budget_ns = budget_ns or float(request.deadline_ns - request.arrival_ns)
-    model.add(request)
+@contextmanager
+def _rehearsal(model: ModelQueue, request: Request, load: Load, policy: Policy) -> Iterator[_Rehearsal]:
+    """The queue with the request in it, to be played forward; left, everybody is back in his place."""
+    rehearsal = _Rehearsal(model, request, load, policy)
     try:
-        others_free_ns = sorted(max(free, load.now_ns) for free in load.free_ns)[1:]
-        return policy(model, load.now_ns, others_free_ns)
+        yield rehearsal
     finally:
-        model.remove(request)
-        model.typical_budget_ns = budget_ns
+        rehearsal.undo(request)
 
 
-def _standing(
-    model: ModelQueue, place: int | None, variant: Variant, slo: Slo, budget_ns: int, chosen: str | None
+class _Rehearsal:
+    """What would be decided, one batch after the other, if nobody else came; the forecast stays what it is now."""
+
+    def __init__(self, model: ModelQueue, request: Request, load: Load, policy: Policy) -> None:
+        self.model = model
+        self._policy = policy
+        self._before = model.forecast, model.typical_budget_ns
+        noted = copy(model)
+        noted.forecast = copy(model.forecast)
+        noted.note_arrival(request.samples, max(request.deadline_ns - load.now_ns, 1), load.now_ns)
+        self._forecast = model.forecast = _AsNow(noted.forecast, load.now_ns)
+        model.typical_budget_ns = noted.typical_budget_ns
+        self._free_ns = sorted(max(free, load.now_ns) for free in load.free_ns)
+        self._out: list[Request] = []
+        model.add(request)
+
+    def undo(self, request: Request) -> None:
+        """Put back who was taken out, but for the request that was asked about."""
+        for each in self._out:
+            self.model.add(each)
+        self.model.remove(request)
+        self.model.forecast, self.model.typical_budget_ns = self._before
+
+    def turn_of(self, request: Request) -> tuple[Choice | None, int]:
+        """The batch that the request is in, and how many go first; None if it gives up or none comes up."""
+        for batches in range(_MOST_BATCHES):
+            self._end_hopeless()
+            if request in self._out:
+                break
+            choice = self._decide()
+            if choice is None or request in choice.requests:
+                return choice, batches
+            self._take(choice.requests)
+            self._free_ns = sorted([self._free_ns[0] + choice.predicted_ns, *self._free_ns[1:]])
+        return None, _MOST_BATCHES
+
+    def most_rate(self, request: Request, place: int) -> float:
+        """The arrivals per second up to which this variant, or a better one, would be chosen; 0 if at none."""
+        now = self._forecast
+        least, most = 0.0, 1.0
+        for _ in range(_RATE_STEPS):
+            share = (least + most) / 2
+            self.model.forecast = _AsNow(now.forecast, now.now_ns, share)
+            choice = self._decide()
+            if choice is not None and choice.variant <= place and request in choice.requests:
+                least = share
+            else:
+                most = share
+        self.model.forecast = now
+        return least * now.rate(now.now_ns)
+
+    def _decide(self) -> Choice | None:
+        return self._policy.decide(self.model, Moment(self._free_ns[0], 0, self._free_ns[1:])).choice
+
+    def _end_hopeless(self) -> None:
+        """Take out whoever can no longer be in time once an executor is free; the policy must not see them."""
+        while hopeless := self.model.hopeless(self._free_ns[0]):
+            self._take(hopeless)
+
+    def _take(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self.model.remove(request)
+            self._out.append(request)
+
+
+class _AsNow(ArrivalForecast):
+    """A share of another forecast, as bursty as it, and as it was at one instant."""
+
+    def __init__(self, forecast: ArrivalForecast, now_ns: int, share: float = 1.0) -> None:
+        super().__init__()
+        self.forecast, self.now_ns, self._share = forecast, now_ns, share
+
+    def rate(self, now_ns: int) -> float:  # noqa: ARG002 - it stands still
+        """Samples per second."""
+        return self._share * self.forecast.rate(self.now_ns)
+
+    def expected(self, duration_ns: int, now_ns: int) -> float:  # noqa: ARG002 - it stands still
+        """Samples to reckon with: the mean grows with the share, the margin for burstiness with its root."""
+        mean = self.forecast.rate(self.now_ns) * duration_ns / 1e9
+        margin = self.forecast.expected(duration_ns, self.now_ns) - mean
+        return float(self._share * mean + self._share**0.5 * margin)
+
+
+def _standing(  # noqa: PLR0917 - the facts of one sentence
+    model: ModelQueue, place: int | None, variant: Variant, slo: Slo, budget_ns: int, answer: _Answer, load: Load
 ) -> Standing:
     if place is None:
         return Standing(variant.name, allowed=False, why=f"{variant.state}: {variant.reason}", latency_ns=None)
     latency_ns = model.latency.predict_ns(place, 1) + REPLY_RESERVE_NS
-    allowed, why = _why(model, variant, slo, budget_ns, latency_ns, chosen)
-    return Standing(variant.name, allowed=allowed, why=why, latency_ns=latency_ns)
+    why_not = _excluded(model, variant, slo)
+    if variant.name == answer.variant:
+        return Standing(variant.name, allowed=True, why="chosen", latency_ns=latency_ns)
+    if why_not:
+        return Standing(variant.name, allowed=False, why=why_not, latency_ns=latency_ns)
+    if latency_ns > budget_ns:
+        why = f"too slow: predicted {latency_ns / 1e6:.2f} ms, the budget is {budget_ns / 1e6:.2f} ms"
+    elif place in answer.passed_over:
+        why = _counterfactual(answer.passed_over[place], answer.most_rate.get(place), model.forecast.rate(load.now_ns))
+    elif answer.variant is None:
+        why = "in time on an idle server"
+    elif answer.reason == "late":
+        why = "late: when nothing can be in time any more, the fastest one answers"
+    elif place < [ranked.name for ranked in model.variants].index(answer.variant):
+        why = "in time, but the policy took another"
+    else:
+        why = "in time, but less accurate than the one chosen"
+    return Standing(variant.name, allowed=True, why=why, latency_ns=latency_ns)
 
 
-def _why(
-    model: ModelQueue, variant: Variant, slo: Slo, budget_ns: int, latency_ns: int, chosen: str | None
-) -> tuple[bool, str]:
+def _excluded(model: ModelQueue, variant: Variant, slo: Slo) -> str:
+    """Why the request may not run on a variant at all; empty where it may."""
     state = model.states[variant.name]
-    late = f"predicted {latency_ns / 1e6:.2f} ms, the budget is {budget_ns / 1e6:.2f} ms"
-    if variant.name == chosen:
-        return True, "chosen"
     if slo.variant is not None:
-        return False, f"the request pins {slo.variant}"
+        return "" if slo.variant == variant.name else f"the request pins {slo.variant}"
     if state is not State.ELIGIBLE:
-        return False, f"{state}: {variant.reason}"
+        return f"{state}: {variant.reason}"
     if not meets_floor(variant, slo):
         proven = f"proven accuracy {variant.proven_accuracy:.4f}, proven drop {variant.proven_drop:.4f}"
-        return False, f"below the floor: {proven}"
-    if latency_ns > budget_ns:
-        return True, f"too slow: {late}"
-    return True, "in time, but not the most accurate that keeps the queue drainable"
+        return f"below the floor: {proven}"
+    return ""
+
+
+def _counterfactual(passed: PassedOver, most_rate: float | None, rate: float) -> str:
+    """What was missing for a variant that was passed over, and what would have had to be true."""
+    if passed.reason == "slack":
+        return f"slack: with {passed.short / 1e6:.2f} ms more it would be in time"
+    if passed.reason == "batch":
+        return f"batch: it can take {passed.short} samples too few of those that run together now"
+    short = f"drain: those behind it would be {passed.short / 1e6:.2f} ms late"
+    if not most_rate:
+        return f"{short}; it needs a shorter queue"
+    return f"{short}; it would be chosen at up to {most_rate:,.1f} samples/s, now {rate:,.1f}/s arrive"

@@ -1,7 +1,9 @@
 """How many samples will arrive soon: a rate that follows bursts, widened by how bursty the arrivals are.
 
 Counts are kept in buckets of 20 ms; their mean and variance are exponential averages over about 200 ms. The index of
-dispersion (variance over mean) is 1 for Poisson arrivals and larger for bursts.
+dispersion (variance over mean) is 1 for Poisson arrivals and larger for bursts. How many standard deviations are added
+is learnt from what came of it: each request that missed adds to them, each that was admitted takes a little away, so
+that in the long run about `_MISS_RATE` miss where that is in reach, and near saturation caution grows by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ _BUCKET_NS = 20_000_000
 _GAIN = 0.095  # 1 - exp(-20 ms / 200 ms)
 _FORGET_AFTER = 100  # empty buckets after which nothing is left of a rate
 _MOST_DISPERSION = 16.0
-_SPREAD = 1.0  # standard deviations added to the mean
+_LEAST_SPREAD, _MOST_SPREAD = 1.0, 16.0  # standard deviations added to the mean
+_MISS_RATE = 0.001
+_SPREAD_STEP = 0.25
 
 
 class ArrivalForecast:
@@ -24,12 +28,23 @@ class ArrivalForecast:
         self._earlier = 0
         self._mean = 0.0
         self._variance = 0.0
+        self._spread = _LEAST_SPREAD
+
+    def judged(self, *, missed: bool) -> None:
+        """Learn that a request missed its deadline, be it refused or expired, or that one was admitted."""
+        step = _SPREAD_STEP * ((1.0 if missed else 0.0) - _MISS_RATE)
+        self._spread = min(max(self._spread + step, _LEAST_SPREAD), _MOST_SPREAD)
 
     def arrived(self, samples: int, now_ns: int) -> None:
         """Count an arrival."""
         self._roll(now_ns)
         self._earlier = self._count  # the newest arrival is the one being decided on: alone it is no sign of more
         self._count += samples
+
+    def rate(self, now_ns: int) -> float:
+        """Samples per second that arrive of late."""
+        self._roll(now_ns)
+        return max(self._mean, self._earlier * _GAIN) * 1e9 / _BUCKET_NS
 
     def expected(self, duration_ns: int, now_ns: int) -> float:
         """Samples to reckon with in the next `duration_ns`: the mean and a margin for burstiness."""
@@ -39,7 +54,7 @@ class ArrivalForecast:
             return 0.0
         arrivals = mean * duration_ns / _BUCKET_NS
         dispersion = min(max(self._variance / mean, 1.0), _MOST_DISPERSION)
-        return arrivals + _SPREAD * sqrt(dispersion * arrivals)
+        return arrivals + self._spread * sqrt(dispersion * arrivals)
 
     def _roll(self, now_ns: int) -> None:
         bucket = now_ns // _BUCKET_NS

@@ -6,12 +6,14 @@ leads unless another variant is proven better. Sets of variants are bit sets ove
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from server.scheduling.deadline_queue import DeadlineHeap, DeadlineQueue
+from server.scheduling.deadline_queue import DeadlineList, DeadlineQueue
 from server.scheduling.forecast import ArrivalForecast
-from server.scheduling.latency import LatencyModel
+from server.scheduling.latency import UNIT, LatencyModel
+from server.scheduling.patience import Patience
 from server.scheduling.slo import ModelKey, Request
+from server.scheduling.waiting import FloorClass, QueueKey, Waiting
 from variants.variant import REFERENCE, State, Variant
 
 REPLY_RESERVE_NS = 300_000
@@ -20,7 +22,8 @@ REPLY_RESERVE_NS = 300_000
 _BUDGET_GAIN = 0.05
 _BUDGET_HALF_LIFE_NS = 500_000_000  # so that a burst's deadlines are forgotten within a second or two of its end
 
-QueueKey = tuple[int, Hashable]
+_Kind = tuple[int, int, int, bool]
+"""What decides how fast a request can be: floor class, samples, step of length, and whether it is late."""
 
 
 def rank(variants: Iterable[Variant]) -> list[Variant]:
@@ -40,7 +43,7 @@ def bits(variants: int) -> Iterator[int]:
 
 
 class ModelQueue:
-    """One model's waiting requests and the knowledge to choose among its variants.
+    """One model's waiting requests, regular and late, and the knowledge to choose among its variants.
 
     `unmeasured` are the variants that cannot run here, with the reason; `usable` those that may run at all, `eligible`
     those that take traffic which does not pin. `served_ns` is the executor time this model has had, the measure of
@@ -51,23 +54,24 @@ class ModelQueue:
         self.key = key
         self.variants = tuple(rank(variants))
         self.unmeasured = {variant.name: variant.reason for variant in variants if variant.profile is None}
-        self.latency = LatencyModel([variant.profile for variant in self.variants if variant.profile])
+        self.latency = LatencyModel(self.variants)
         self.forecast = ArrivalForecast()
+        self.patience = Patience()
         self.max_queue_delay_ns = max_queue_delay_ns
-        self.queues: dict[QueueKey, DeadlineQueue] = {}
-        self.late: dict[QueueKey, DeadlineQueue] = {}
+        self.regular, self.late = Waiting(), Waiting()
         self.retired = False
-        self.waiting = 0
-        self.waiting_bytes = 0
-        self.late_waiting = 0
-        self.late_bytes = 0
         self.served_ns = 0
         self.typical_budget_ns = 0.0
         self.usable = 0
         self.eligible = 0
+        self.floors: dict[tuple[float | None, float | None], int] = {}
+        """The variants that satisfy a floor (least accuracy, largest drop), as far as somebody asked."""
         self._budget_ns = 0  # when the typical budget was last updated
-        self._by_deadline: dict[tuple[int, int, bool], DeadlineHeap] = {}  # by floor class, size and whether late
+        self._by_deadline: dict[_Kind, DeadlineList] = {}
         self._fastest: dict[int, int] = {}
+        self._fitting: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._quickest: dict[tuple[int, int, int, int], int | None] = {}
+        self._quickest_version = 0
         self.set_states({variant.name: variant.state for variant in self.variants})
 
     def set_states(self, states: dict[str, State]) -> None:
@@ -75,9 +79,12 @@ class ModelQueue:
         self.states = states
         self.usable = sum(1 << i for i, v in enumerate(self.variants) if states[v.name] is not State.DISABLED)
         self.eligible = sum(1 << i for i, v in enumerate(self.variants) if states[v.name] is State.ELIGIBLE)
+        self.floors.clear()
         self._fastest.clear()
-        for queue in [*self.queues.values(), *self.late.values()]:
-            for _, _, request in list(queue.entries):
+        self._fitting.clear()
+        self._quickest.clear()
+        for floor_class in [*self.regular.classes.values(), *self.late.classes.values()]:
+            for _, _, request in list(floor_class.entries):
                 self.remove(request)
                 request.allowed &= self.open_to(request)
                 request.fallback &= self.eligible
@@ -87,33 +94,33 @@ class ModelQueue:
         """The variants that may still run a request: only a pin reaches one that is not eligible."""
         return self.usable if request.pinned else self.eligible
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait, late ones included."""
+        return len(self.regular) + len(self.late)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the requests that wait, late ones included."""
+        return self.regular.size_bytes + self.late.size_bytes
+
+    @property
+    def queues(self) -> Mapping[QueueKey, DeadlineQueue]:
+        """The requests that may still be in time, by class and shape."""
+        return self.regular.queues
+
     def add(self, request: Request) -> None:
         """Queue a request in its class."""
-        queues = self.late if request.late else self.queues
-        queues.setdefault(request.queue_key, DeadlineQueue()).add(request)
-        self._by_deadline.setdefault((request.allowed, request.samples, request.late), DeadlineHeap()).add(request)
-        self.waiting += 1
-        self.waiting_bytes += request.size_bytes
-        if request.late:
-            self.late_waiting += 1
-            self.late_bytes += request.size_bytes
+        (self.late if request.late else self.regular).add(request)
+        self._by_deadline.setdefault(_kind(request), DeadlineList()).add(request)
 
     def remove(self, request: Request) -> None:
-        """Take a waiting request out; an empty class is forgotten, so hostile shapes leave nothing behind."""
-        queues = self.late if request.late else self.queues
-        queue = queues[request.queue_key]
-        queue.discard(request)
-        if not queue:
-            del queues[request.queue_key]
-        heap = self._by_deadline[request.allowed, request.samples, request.late]
-        heap.discard(request)
-        if not heap:
-            del self._by_deadline[request.allowed, request.samples, request.late]
-        self.waiting -= 1
-        self.waiting_bytes -= request.size_bytes
-        if request.late:
-            self.late_waiting -= 1
-            self.late_bytes -= request.size_bytes
+        """Take a waiting request out."""
+        (self.late if request.late else self.regular).remove(request)
+        kind = _kind(request)
+        self._by_deadline[kind].discard(request)
+        if not self._by_deadline[kind]:
+            del self._by_deadline[kind]
 
     def note_arrival(self, samples: int, budget_ns: int, now_ns: int) -> None:
         """Feed the forecast, and the geometric mean of the time requests allow, which few patient ones hardly move."""
@@ -122,6 +129,11 @@ class ModelQueue:
         typical_ns = self.typical_budget_ns or float(budget_ns)
         self.typical_budget_ns = typical_ns * (budget_ns / typical_ns) ** gain
         self._budget_ns = now_ns
+
+    def missed(self, request: Request) -> None:
+        """A request could not be in time; one that allowed much less than usual would have missed anyhow."""
+        if 2 * (request.deadline_ns - request.arrival_ns) >= self.typical_budget_ns:
+            self.forecast.judged(missed=True)
 
     def fastest(self, allowed: int) -> int | None:
         """The usable variant of a set with the highest throughput, or None when the set has none left."""
@@ -132,51 +144,78 @@ class ModelQueue:
             self._fastest[allowed] = min(bits(allowed), key=lambda v: (self._cost_per_sample(v), v))
         return self._fastest[allowed]
 
-    def quickest_ns(self, allowed: int, samples: int) -> int | None:
-        """The least predicted time in which any usable variant of the set can run this many samples."""
-        return min((self.latency.predict_ns(v, samples) for v in self.fitting(allowed, samples)), default=None)
+    def quickest_ns(self, allowed: int, samples: int, step: int = 0) -> int | None:
+        """The least time in which any usable variant of the set is predicted to run this many samples here."""
+        latency = self.latency
+        if self._quickest_version != latency.version:
+            self._quickest_version = latency.version
+            self._quickest.clear()
+        here = latency.here
+        key = allowed, samples, step, here.busy
+        if key not in self._quickest:
+            times = (latency.full_speed_ns(v, samples, step) for v in self.fitting(allowed, samples))
+            self._quickest[key] = min(times, default=None)
+        quickest = self._quickest[key]
+        return None if quickest is None else quickest * here.slowdown // UNIT
 
-    def fitting(self, allowed: int, samples: int) -> list[int]:
+    def fitting(self, allowed: int, samples: int) -> tuple[int, ...]:
         """The usable variants of a set that were measured at batches of at least this size, best first."""
-        return [v for v in bits(allowed & self.usable) if samples <= self.latency.max_batch_size(v)]
+        key = allowed & self.usable, samples
+        if key not in self._fitting:
+            self._fitting[key] = tuple(v for v in bits(key[0]) if samples <= self.latency.max_batch_size(v))
+        return self._fitting[key]
 
     def throughput_batch(self, variant: int) -> int:
         """The batch to reckon with when a backlog drains: what fits half of the typical budget (Nexus, SOSP'19)."""
         if not self.variants[variant].batchable:
             return 1
-        budget_ns = self.typical_budget_ns / 2
-        return max(1, self.latency.largest_batch(variant, int(budget_ns)))
+        return max(1, self.latency.largest_crowded(variant, int(self.typical_budget_ns / 2)))
 
-    def chunk(self, allowed: int, queue: DeadlineQueue) -> tuple[int, int]:
-        """How a class drains on its fastest variant: how many requests at a time, and for how long each time."""
+    def chunk(self, allowed: int, step: int, waiting: FloorClass) -> tuple[int, int]:
+        """How a class drains on its fastest variant: how many requests at a time, and for how long each time.
+
+        A batch is of one shape, so it is no larger than what waits of an average one.
+        """
         fastest = self.fastest(allowed)
         if fastest is None:
             return 1, 0
-        average = max(1, queue.samples // len(queue))
-        samples = max(average, min(self.throughput_batch(fastest), queue.samples))
+        average = max(1, waiting.samples // len(waiting))
+        samples = max(average, min(self.throughput_batch(fastest), waiting.samples // waiting.shapes))
         samples = min(samples, self.latency.max_batch_size(fastest))
-        return max(1, samples // average), self.latency.predict_ns(fastest, samples)
+        return max(1, samples // average), self.latency.crowded_ns(fastest, samples, step)
 
     def backlog_ns(self, order_ns: int | None = None) -> int:
         """Executor time of the work that waits, or of that part which is ahead of a newcomer with this order."""
-        return self._drain_ns(self.queues, order_ns)
+        return self._drain_ns(self.regular, order_ns)
 
     def late_backlog_ns(self) -> int:
         """Executor time of the late work that waits."""
         return self._drain_ns(self.late, None)
 
-    def _drain_ns(self, queues: Mapping[QueueKey, DeadlineQueue], order_ns: int | None) -> int:
+    def _drain_ns(self, waiting: Waiting, order_ns: int | None) -> int:
         total_ns = 0
-        for (allowed, _), queue in queues.items():
-            ahead = len(queue) if order_ns is None else queue.ahead_of(order_ns)
+        for (allowed, step), floor_class in waiting.classes.items():
+            ahead = len(floor_class) if order_ns is None else floor_class.ahead_of(order_ns)
             if ahead:
-                requests, chunk_ns = self.chunk(allowed, queue)
+                requests, chunk_ns = self.chunk(allowed, step, floor_class)
                 total_ns += -(-ahead // requests) * chunk_ns
         return total_ns
 
-    def most_urgent(self) -> Request:
-        """The waiting request with the least laxity, time left beyond its fastest run; ValueError if none waits."""
-        return min(self._urgent())[2]
+    def most_urgent(self, now_ns: int) -> Request | None:
+        """The waiting request with the least laxity among those that this executor can finish in time; or None.
+
+        Laxity is the time left beyond the fastest run. On a slower executor than the best, some may be out of reach.
+        """
+        anchor, least = None, (0, 0)
+        for (allowed, samples, step, late), waiting in self._by_deadline.items():
+            quickest_ns = None if late else self.quickest_ns(allowed, samples, step)
+            if quickest_ns is None:
+                continue
+            needed_ns = REPLY_RESERVE_NS + quickest_ns
+            request = waiting.soonest(now_ns + needed_ns)
+            if request is not None and (anchor is None or (request.deadline_ns - needed_ns, request.number) < least):
+                anchor, least = request, (request.deadline_ns - needed_ns, request.number)
+        return anchor
 
     def soonest_hopeless_ns(self) -> int | None:
         """The instant after which the first waiting request is hopeless unless it has started; None if none waits."""
@@ -185,15 +224,17 @@ class ModelQueue:
     def hopeless(self, now_ns: int) -> list[Request]:
         """Waiting requests that could not finish in time even if they started now, the most hopeless first.
 
-        Only the first of each class and size is looked at; the caller takes it out and asks again.
+        Only the first of each kind is looked at; the caller takes it out and asks again.
         """
         return [request for instant_ns, _, request in sorted(self._urgent()) if instant_ns < now_ns]
 
     def _urgent(self) -> Iterator[tuple[int, int, Request]]:
-        """Of each class and size the request that becomes hopeless first, after when; late work can wait for ever."""
-        for (allowed, samples, late), heap in self._by_deadline.items():
-            request = heap.soonest()
-            quickest_ns = self.quickest_ns(allowed, samples)
+        """Of each kind the request that becomes hopeless first, after when; late work can wait for ever."""
+        for (allowed, samples, step, late), waiting in self._by_deadline.items():
+            request = waiting.soonest()
+            if request is None:
+                raise AssertionError("an empty kind was kept. This is a bug.")
+            quickest_ns = self.quickest_ns(allowed, samples, step)
             if quickest_ns is None:  # every variant it may run on went while it waited
                 yield -1, request.number, request
             elif not late:
@@ -202,3 +243,7 @@ class ModelQueue:
     def _cost_per_sample(self, variant: int) -> float:
         size = self.latency.max_batch_size(variant) if self.variants[variant].batchable else 1
         return self.latency.profiled_ns(variant, size) / size
+
+
+def _kind(request: Request) -> _Kind:
+    return request.allowed, request.samples, request.step, request.late

@@ -7,43 +7,23 @@ as `finished`, a `Run` reported as `failed` (which ends or requeues each of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 from server.errors import DeadlineMissed, Infeasible, Overloaded, RuntimeFailed, ServingError
-from server.scheduling import admission, fitdrain
+from server.scheduling import admission
 from server.scheduling.admission import Load
-from server.scheduling.fitdrain import Choice
-from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
+from server.scheduling.ends import End, give_up, second_chance
+from server.scheduling.late import LATE_PAUSE, aged_late_batch, late_batch, late_room
+from server.scheduling.latency import Spot
+from server.scheduling.model_queue import ModelQueue
+from server.scheduling.policies.fitdrain import FitDrain
+from server.scheduling.policy import Choice, Moment, Policy, Run
+from server.scheduling.pool import Pool
 from server.scheduling.slo import ModelKey, OnInfeasible, Outcome, Request
+from server.scheduling.turns import held_until_ns, in_turn
 from variants.variant import State
 
-Policy = Callable[[ModelQueue, int, Sequence[int]], Choice]
-
-_LATE_BLOCKS_AT_MOST_NS = 50_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """A request ended without running (again)."""
-
-    request: Request
-    outcome: Outcome
-    error: ServingError
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """An executor is to run this batch now."""
-
-    executor: int
-    model: ModelKey
-    variant: str
-    place: int
-    requests: tuple[Request, ...]
-    samples: int
-    predicted_ns: int
-    reason: str
+__all__ = ["End", "Run", "Scheduler"]
 
 
 class Scheduler:
@@ -53,24 +33,33 @@ class Scheduler:
     model and one shape; no model's `waiting` and `waiting_bytes` exceed the bounds, but for requests tried again.
     """
 
-    def __init__(self, executors: int, *, max_requests: int, max_bytes: int, policy: Policy = fitdrain.choose) -> None:
+    def __init__(
+        self, executors: int, *, max_requests: int, max_bytes: int, policy: Callable[[], Policy] = FitDrain
+    ) -> None:
         self.models: dict[ModelKey, ModelQueue] = {}
+        self.pool = Pool(executors)
         self._max_requests = max_requests
         self._max_bytes = max_bytes
-        self._policy = policy
-        self._free_ns = [0] * executors
-        self._running: list[Run | None] = [None] * executors
+        self._make_policy = policy
+        self._policies: dict[ModelKey, Policy] = {}
+        self._wakes_ns: dict[ModelKey, dict[int, int]] = {}
+        """When a policy that chose to wait wants to be asked again, by the executor that it let wait."""
+        self._hoped: dict[int, list[Request]] = {}
+        """Of executors that seem stuck, the requests that can be answered by nobody else."""
+        self._late_again_ns = 0
+        """Until when no late work goes first."""
         self._served_ns = 0
         """How much executor time the model served last had had: where a model that was idle joins the others."""
 
-    @property
-    def policy(self) -> Policy:
-        """The function that forms batches and chooses variants."""
-        return self._policy
+    def policy(self, key: ModelKey) -> Policy:
+        """What forms a model's batches and chooses among its variants."""
+        return self._policies[key]
 
     def add_model(self, model: ModelQueue) -> None:
         """Take on a model."""
+        model.latency.set_executors(len(self.pool))
         self.models[model.key] = model
+        self._policies[model.key] = self._make_policy()
 
     def retire_model(self, key: ModelKey) -> None:
         """Nothing more will arrive for a model: so that it can go, its late work takes turns with everybody's work."""
@@ -81,6 +70,8 @@ class Scheduler:
     def remove_model(self, key: ModelKey) -> None:
         """Let go of a model of which nothing waits."""
         del self.models[key]
+        del self._policies[key]
+        self._wakes_ns.pop(key, None)
 
     @property
     def waiting(self) -> int:
@@ -95,33 +86,44 @@ class Scheduler:
     @property
     def busy_executors(self) -> int:
         """Executors that run a batch."""
-        return sum(run is not None for run in self._running)
+        return self.pool.busy
 
     def runs(self, key: ModelKey) -> bool:
         """Whether an executor runs a batch of this model."""
-        return any(run is not None and run.model == key for run in self._running)
+        return any(run is not None and run.model == key for run in self.pool.running)
 
     def arrived(self, request: Request, now_ns: int) -> list[End]:
         """Admit a request or refuse it; others that became hopeless meanwhile may end with it."""
         ended = self.tick(now_ns)
         model = self.models[request.model]
-        if request.size_bytes > self._max_bytes:
-            error: ServingError | None = Overloaded(f"more bytes than may ever wait here ({self._max_bytes})", None)
-        elif model.waiting >= self._max_requests or model.waiting_bytes + request.size_bytes > self._max_bytes:
-            error = Overloaded("the queue is full", admission.QUEUE_FULL_RETRY_NS)
-        elif request.deadline_ns <= request.arrival_ns and OnInfeasible.LATE not in request.on_infeasible:
-            error = DeadlineMissed("the deadline had passed on arrival")
-        else:
-            error = admission.refusal(model, request, self.load(model, now_ns))
+        error = self._refusal(model, request, now_ns)
         if not request.late and (error is None or isinstance(error, Overloaded)):  # what can never be met is no traffic
             model.note_arrival(request.samples, max(request.deadline_ns - request.arrival_ns, 1), now_ns)
-        if error is None:
-            if not model.queues:  # it starts level with the others: neither idleness nor late work earns credit
-                model.served_ns = max(model.served_ns, self._served_ns)
-            model.add(request)
-        else:
-            ended.append(End(request, _REFUSALS[type(error)], error))
+        if error is not None:
+            if isinstance(error, Overloaded):
+                model.missed(request)
+            return [*ended, End(request, _REFUSALS[type(error)], error)]
+        if not request.late:
+            model.forecast.judged(missed=False)
+            model.patience.arrived(request, now_ns)
+        if not model.queues:  # it starts level with the others: neither idleness nor late work earns credit
+            model.served_ns = max(model.served_ns, self._served_ns)
+        model.add(request)
+        self._policies[model.key].arrived(model, request, now_ns)
         return ended
+
+    def _refusal(self, model: ModelQueue, request: Request, now_ns: int) -> ServingError | None:
+        if request.size_bytes > self._max_bytes:
+            return Overloaded(f"more bytes than may ever wait here ({self._max_bytes})", None)
+        if model.waiting >= self._max_requests or model.waiting_bytes + request.size_bytes > self._max_bytes:
+            return Overloaded("the queue is full", admission.QUEUE_FULL_RETRY_NS)
+        if request.deadline_ns <= request.arrival_ns and OnInfeasible.LATE not in request.on_infeasible:
+            return DeadlineMissed("the deadline had passed on arrival")
+        load = self.load(model, now_ns)
+        if self._policies[model.key].admits:
+            return admission.refusal(model, request, load)
+        error = admission.why_not(model, request, request.allowed, load)
+        return error if isinstance(error, Infeasible) else None
 
     def cancelled(self, request: Request) -> bool:
         """Forget a waiting request; False when it runs or has ended, and its end will come by itself."""
@@ -131,28 +133,64 @@ class Scheduler:
         self.models[request.model].remove(request)
         return True
 
-    def decide(self, executor: int, now_ns: int) -> Run | None:
-        """The batch that this idle executor should run now, if any; call `tick` first and act on what it ends."""
-        others_free_ns = [max(free, now_ns) for place, free in enumerate(self._free_ns) if place != executor]
-        fairly = sorted(self.models.values(), key=lambda model: (model.served_ns, model.key))
-        for model in fairly:
-            if model.queues and not self._holds_back(model, now_ns):
-                return self._run(executor, model, self._policy(model, now_ns, others_free_ns), now_ns)
-            if model.retired and model.late and not model.queues and (choice := _late_batch(model, None)):
-                return self._run(executor, model, choice, now_ns)
-        held_until_ns = [self._held_until_ns(model, now_ns) for model in fairly if model.queues]
-        spare_ns = min((until_ns - now_ns for until_ns in held_until_ns if until_ns is not None), default=None)
-        for model in fairly:
-            if model.late and (choice := _late_batch(model, spare_ns)):
-                return self._run(executor, model, choice, now_ns)
+    def decide(self, executor: int, now_ns: int) -> tuple[Run | None, list[End]]:
+        """The batch that this idle executor should run now, if any, and who was given up for it.
+
+        Call `tick` first and act on what it ends.
+        """
+        here, (_, crowd) = self.pool.spot(executor, now_ns), self.pool.spots(now_ns)
+        self._refresh(now_ns, here, crowd)
+        others_free_ns = self.pool.free_ns(now_ns, but=executor)
+        ended: list[End] = []
+        waiting = in_turn(self.models.values(), now_ns)
+        for model in waiting:
+            if model.retired and model.late and not model.queues and (choice := late_batch(model, None)):
+                return self._run(executor, model, choice, here, now_ns), ended
+            if not model.queues or self._holds_back(model, now_ns):
+                continue
+            rivals = [other for other in waiting if other is not model and other.served_ns <= model.served_ns]
+            moment = Moment(now_ns, executor, others_free_ns, [rival for rival in rivals if rival.queues])
+            if now_ns >= self._late_again_ns and (aged := aged_late_batch(model, waiting, moment)):
+                self._late_again_ns = now_ns + LATE_PAUSE * aged[1].predicted_ns
+                return self._run(executor, *aged, here, now_ns), ended
+            decision = self._policies[model.key].decide(model, moment)
+            ended += self._give_up(model, decision.give_up, now_ns)
+            if decision.choice is not None:
+                return self._run(executor, model, decision.choice, here, now_ns), ended
+            if decision.wake_ns is not None:
+                self._wakes_ns.setdefault(model.key, {})[executor] = decision.wake_ns
+        late = self._late(waiting, now_ns)
+        return (self._run(executor, *late, here, now_ns) if late else None), ended
+
+    def _late(self, waiting: Sequence[ModelQueue], now_ns: int) -> tuple[ModelQueue, Choice] | None:
+        """Late work for an executor that has nothing else to do, short enough not to hold up what is held back."""
+        asks_ns = [self._asks_again_ns(model, now_ns) for model in waiting if model.queues]
+        spare_ns = min((instant - now_ns for instant in asks_ns if instant is not None), default=None)
+        for model in waiting:
+            if model.late and (choice := late_batch(model, spare_ns)):
+                return model, choice
         return None
 
-    def finished(self, run: Run, now_ns: int, compute_ns: int) -> None:
-        """A batch was answered after `compute_ns` on its executor."""
-        model = self.models[run.model]
-        model.latency.observe(run.place, run.samples, compute_ns, now_ns)
-        model.served_ns += compute_ns - run.predicted_ns
-        self._free(run, now_ns)
+    def finished(self, run: Run, now_ns: int, compute_ns: int) -> Sequence[Request]:
+        """A batch was answered after `compute_ns`; returns the requests whose answers count.
+
+        Of a batch whose executor had been given up on, these are the ones that had to wait for it all the same, and
+        those that still wait to be tried again.
+        """
+        answered: Sequence[Request] = run.requests
+        if not self.pool.end(run, now_ns):
+            waiting = [request for request in run.requests if request.queue is not None]
+            for request in waiting:
+                self.models[request.model].remove(request)
+            answered = [*self._hoped.pop(run.executor, ()), *waiting]
+        model = self.models.get(run.model)
+        if model is not None:
+            spot, step = Spot(run.busy, run.slowdown), run.requests[0].step
+            ratio = model.latency.observe(run.place, run.samples, compute_ns, now_ns, spot, step)
+            self.pool.observe(run, ratio, now_ns)
+            model.served_ns += compute_ns - run.predicted_ns
+            self._policies[run.model].finished(model, run, compute_ns, now_ns)
+        return answered
 
     def failed(self, run: Run, now_ns: int, incident: str) -> list[End]:
         """A batch failed: each of its requests is tried once more, alone and rather on another variant, or ends.
@@ -160,42 +198,63 @@ class Scheduler:
         Where no other variant is allowed, only a request that had batch-mates is tried again, on the same variant:
         one of them may have poisoned the batch.
         """
+        if self.pool.end(run, now_ns):
+            return self._try_again(run.requests, run, now_ns, incident)
+        return self._end_hoped(run.executor, incident)
+
+    def lost(self, executor: int, now_ns: int, incident: str) -> list[End]:
+        """An executor died, until it is `regained`; its requests are tried once more."""
+        run = self.pool.lose(executor)
+        if run is None:  # it was idle, or had been given up on
+            return self._end_hoped(executor, incident)
+        return self._try_again(run.requests, run, now_ns, incident)
+
+    def _end_hoped(self, executor: int, incident: str) -> list[End]:
+        hoped = self._hoped.pop(executor, ())
+        return [End(request, Outcome.FAILED, RuntimeFailed(incident)) for request in hoped]
+
+    def regained(self, executor: int) -> None:
+        """A lost executor is back."""
+        self.pool.regain(executor)
+
+    def _try_again(self, requests: Iterable[Request], run: Run, now_ns: int, incident: str) -> list[End]:
         model = self.models[run.model]
-        self._free(run, now_ns)
-        model.latency.refresh(now_ns)
+        model.latency.refresh(now_ns, *self.pool.spots(now_ns))
         ended = []
-        for request in run.requests:
-            allowed = request.allowed & model.open_to(request)
-            remaining = allowed & ~(1 << run.place) or (allowed if len(run.requests) > 1 else 0)
-            quickest_ns = model.quickest_ns(remaining, request.samples)
-            latest_ns = request.deadline_ns - REPLY_RESERVE_NS
-            hopeless = quickest_ns is None or (now_ns + quickest_ns > latest_ns and not request.late)
-            if request.retried or request.abandoned or hopeless:
-                ended.append(End(request, Outcome.FAILED, RuntimeFailed(incident)))
-            else:
+        for request in requests:
+            remaining = second_chance(model, request, run, now_ns)
+            if remaining:
                 request.allowed, request.solo, request.retried = remaining, True, True
                 model.add(request)
+            else:
+                ended.append(End(request, Outcome.FAILED, RuntimeFailed(incident)))
         return ended
 
     def tick(self, now_ns: int) -> list[End]:
         """Take out what can no longer finish in time, as each request asked for that case."""
+        self._give_up_overdue(now_ns)
         ended = []
+        self._refresh(now_ns, *self.pool.spots(now_ns))
         for model in self.models.values():
-            model.latency.refresh(now_ns)
             while hopeless := model.hopeless(now_ns):
-                for request in hopeless:
-                    end = self._gave_up(model, request, now_ns)
-                    if end is not None:
-                        ended.append(end)
+                ended += self._give_up(model, hopeless, now_ns)
         return ended
+
+    def _give_up_overdue(self, now_ns: int) -> None:
+        """Try again what an executor that seems stuck took along; what cannot be tried goes on waiting for it."""
+        for executor in self.pool.overdue(now_ns):
+            run = self.pool.lose(executor)
+            if run is not None:
+                self._hoped[executor] = [end.request for end in self._try_again(run.requests, run, now_ns, "")]
 
     def next_event_ns(self, now_ns: int) -> int | None:
         """When to call `tick` and `decide` again even if nothing happens; None when there will be nothing to do."""
+        self._refresh(now_ns, *self.pool.spots(now_ns))
         hopeless_ns = [model.soonest_hopeless_ns() for model in self.models.values()]
-        instants = [instant + 1 for instant in hopeless_ns if instant is not None]
-        if self.busy_executors < len(self._running):
-            held_ns = [self._held_until_ns(model, now_ns) for model in self.models.values() if model.queues]
-            instants += [instant for instant in held_ns if instant is not None]
+        instants = [instant + 1 for instant in (*hopeless_ns, self.pool.soonest_loss_ns()) if instant is not None]
+        if self.pool.idle:
+            asks_ns = [self._asks_again_ns(model, now_ns) for model in self.models.values() if model.queues]
+            instants += [instant for instant in asks_ns if instant is not None]
         return max(now_ns, min(instants)) if instants else None
 
     def set_states(self, key: ModelKey, states: dict[str, State]) -> bool:
@@ -213,118 +272,65 @@ class Scheduler:
         model = self.models[key]
         if not model.waiting and not model.typical_budget_ns:
             return 0.0  # nobody has asked it for anything
-        busy_ns = sum(max(0, free - now_ns) for free in self._free_ns) + model.backlog_ns() + model.late_backlog_ns()
-        allowed_ns = max(model.typical_budget_ns, 1.0) * len(self._free_ns)
-        return min(1.0, busy_ns / allowed_ns)
+        free_ns = self.pool.all_free_ns(now_ns)
+        busy_ns = sum(free - now_ns for free in free_ns) + model.backlog_ns() + model.late_backlog_ns()
+        return min(1.0, busy_ns / (max(model.typical_budget_ns, 1.0) * len(free_ns)))
 
     def load(self, model: ModelQueue, now_ns: int) -> Load:
         """What a newcomer of this model finds."""
+        model.latency.refresh(now_ns, *self.pool.spots(now_ns))
         others = sum(
             other.backlog_ns() + (other.late_backlog_ns() if other.retired else 0)
             for other in self.models.values()
-            if other is not model
+            if other is not model and other.waiting
         )
-        return Load(now_ns, self._free_ns, others, self._late_room(model))
+        return Load(now_ns, self.pool.all_free_ns(now_ns), others, self._late_room(model))
 
-    def _run(self, executor: int, model: ModelQueue, choice: Choice, now_ns: int) -> Run:
+    def _refresh(self, now_ns: int, here: Spot, crowd: Spot) -> None:
+        for model in self.models.values():
+            model.latency.refresh(now_ns, here, crowd)
+
+    def _run(self, executor: int, model: ModelQueue, choice: Choice, spot: Spot, now_ns: int) -> Run:
         for request in choice.requests:
             model.remove(request)
-        variant = model.variants[choice.variant].name
         run = Run(
-            executor,
-            model.key,
-            variant,
-            choice.variant,
-            choice.requests,
-            choice.samples,
-            choice.predicted_ns,
-            choice.reason,
+            executor=executor,
+            model=model.key,
+            variant=model.variants[choice.variant].name,
+            place=choice.variant,
+            requests=choice.requests,
+            samples=choice.samples,
+            predicted_ns=choice.predicted_ns,
+            reason=choice.reason,
+            started_ns=now_ns,
+            busy=spot.busy,
+            slowdown=spot.slowdown,
+            passed_over=choice.passed_over,
         )
-        self._running[executor] = run
-        self._free_ns[executor] = now_ns + choice.predicted_ns
+        self.pool.start(run)
+        self._wakes_ns.get(model.key, {}).pop(executor, None)
         self._served_ns = max(self._served_ns, model.served_ns)
         model.served_ns += choice.predicted_ns  # at once, so that executors that decide together take turns
         return run
 
-    def _free(self, run: Run, now_ns: int) -> None:
-        self._running[run.executor] = None
-        self._free_ns[run.executor] = now_ns
-
-    def _gave_up(self, model: ModelQueue, request: Request, now_ns: int) -> End | None:
-        """A waiting request became hopeless: widen it, make it late, or end it, as it asked."""
-        model.remove(request)
-        for action in request.on_infeasible:
-            if action is OnInfeasible.REJECT:
-                break
-            if action is OnInfeasible.DEGRADE and request.fallback and not request.retried:
-                request.allowed |= request.fallback
-                request.fallback = 0
-                model.add(request)  # still hopeless? then the next round tries the next action
-                return None
-            late_room = self._late_room(model)
-            has_room = late_room is not None and request.size_bytes <= late_room
-            if action is OnInfeasible.LATE and has_room and model.fitting(request.allowed, request.samples):
-                request.late = True
-                model.add(request)
-                return None
-        if not model.fitting(request.allowed, request.samples):
-            return End(request, Outcome.INFEASIBLE, Infeasible("every variant this request allows was disabled"))
-        waited_ms = (now_ns - request.arrival_ns) / 1e6
-        error = DeadlineMissed(f"after {waited_ms:.2f} ms in the queue the deadline can no longer be met")
-        return End(request, Outcome.EXPIRED, error)
+    def _give_up(self, model: ModelQueue, requests: Iterable[Request], now_ns: int) -> list[End]:
+        ends = []
+        for request in requests:
+            model.missed(request)
+            ends.append(give_up(model, request, now_ns, self._late_room(model)))
+        return [end for end in ends if end is not None]
 
     def _late_room(self, model: ModelQueue) -> int | None:
-        """Bytes of late work that may yet be queued: half of each bound, for it would keep out who can be in time.
+        return late_room(model, self._max_requests, self._max_bytes)
 
-        One such request may always wait, so that it can be served at all. None where no more requests may.
-        """
-        if not model.late_waiting:
-            return self._max_bytes
-        if model.late_waiting >= self._max_requests // 2:
-            return None
-        return self._max_bytes // 2 - model.late_bytes
+    def _asks_again_ns(self, model: ModelQueue, now_ns: int) -> int | None:
+        """When to look at what a model has waiting again: what is held back, and what its policy lets wait."""
+        instants = (held_until_ns(model, now_ns), *self._wakes_ns.get(model.key, {}).values())
+        return min((instant for instant in instants if instant is not None and instant > now_ns), default=None)
 
     def _holds_back(self, model: ModelQueue, now_ns: int) -> bool:
-        held_until_ns = self._held_until_ns(model, now_ns)
-        return held_until_ns is not None and now_ns < held_until_ns
-
-    def _held_until_ns(self, model: ModelQueue, now_ns: int) -> int | None:
-        """Until when a batch may wait to grow: the configured delay, unless it is full or somebody has no time left."""
-        if not model.max_queue_delay_ns:
-            return None
-        fastest = model.fastest(model.eligible)
-        if fastest is None or sum(q.samples for q in model.queues.values()) >= model.latency.max_batch_size(fastest):
-            return None
-        oldest_ns = min(entry[2].arrival_ns for queue in model.queues.values() for entry in queue.entries)
-        full_batch_ns = model.latency.predict_ns(fastest, model.latency.max_batch_size(fastest))
-        hopeless_ns = model.soonest_hopeless_ns()
-        latest_ns = now_ns if hopeless_ns is None else hopeless_ns - full_batch_ns
-        return min(oldest_ns + model.max_queue_delay_ns, latest_ns)
-
-
-def _late_batch(model: ModelQueue, spare_ns: int | None) -> Choice | None:
-    """Late work, oldest first, on the fastest variant and in a batch short enough to hold up nobody for long.
-
-    None when not even its first request could be answered within the time that is to spare.
-    """
-    (allowed, _), queue = min(model.late.items(), key=lambda item: item[1].entries[0][:2])
-    first = queue.first()
-    fitting = model.fitting(allowed, first.samples)
-    variant = model.fastest(sum(1 << v for v in fitting)) if fitting else None
-    if variant is None:
-        raise AssertionError("late work without a usable variant must have ended. This is a bug.")
-    batch, samples = [first], first.samples
-    most_ns = _LATE_BLOCKS_AT_MOST_NS if spare_ns is None else min(_LATE_BLOCKS_AT_MOST_NS, spare_ns)
-    most = model.latency.largest_batch(variant, most_ns) if model.variants[variant].batchable else 0
-    for _, _, request in queue.entries[1:]:
-        if samples + request.samples > most:
-            break
-        batch.append(request)
-        samples += request.samples
-    predicted_ns = model.latency.predict_ns(variant, samples)
-    if spare_ns is not None and predicted_ns > spare_ns:
-        return None
-    return Choice(variant, tuple(batch), samples, predicted_ns, "late")
+        until_ns = held_until_ns(model, now_ns)
+        return until_ns is not None and now_ns < until_ns
 
 
 _REFUSALS: dict[type[ServingError], Outcome] = {

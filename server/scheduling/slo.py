@@ -85,6 +85,8 @@ class Request:
     on_infeasible: tuple[OnInfeasible, ...]
     pinned: bool
     payload: object = None
+    step: int = 0
+    """The step of its input's length, where that varies; see `latency`."""
     late: bool = False
     solo: bool = False
     retried: bool = False

@@ -50,6 +50,8 @@ class Signature:
     inputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False, compare=False)
     outputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False, compare=False)
     all_outputs: tuple[RequestedOutput, ...] = field(init=False, repr=False, compare=False)
+    varies: bool = field(init=False, repr=False, compare=False)
+    """Whether a request chooses the size of an input's axis other than the batch."""
 
     def __post_init__(self) -> None:
         """Compute what every request would otherwise compute again."""
@@ -59,6 +61,8 @@ class Signature:
         object.__setattr__(self, "inputs_by_name", {spec.name: spec for spec in self.inputs})
         object.__setattr__(self, "outputs_by_name", {spec.name: spec for spec in self.outputs})
         object.__setattr__(self, "all_outputs", tuple(RequestedOutput(s.name, s.datatype) for s in self.outputs))
+        batched = self.max_batch_size > 0
+        object.__setattr__(self, "varies", any(-1 in spec.shape[batched:] for spec in self.inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ class InferRequest:
     """One valid request. `inputs` holds an array per input, in the model's order; `samples` is their dimension 0.
 
     Requests with equal `shape_key` may share a batch. Without a batch dimension `samples` is 1. `payload_bytes` is
-    what the inputs occupy while they wait.
+    what the inputs occupy while they wait. `length` is how many elements one sample has in all inputs together, 0 for a
+    model whose shapes do not vary.
     """
 
     model: str
@@ -88,6 +93,7 @@ class InferRequest:
     slo: Slo
     timeout_ns: int | None
     payload_bytes: int
+    length: int
 
 
 def parse_infer(message: bytes) -> pb.ModelInferRequest:
@@ -102,17 +108,19 @@ def read_request(request: pb.ModelInferRequest, signature: Signature) -> InferRe
     parameters = read_parameters(request.parameters)
     inputs = _read_inputs(request, signature)
     batched = signature.max_batch_size > 0
+    samples = _samples(inputs) if batched and inputs else 1
     return InferRequest(
         model=request.model_name,
         version=request.model_version,
         id=request.id,
         inputs=inputs,
-        samples=_samples(inputs) if batched and inputs else 1,
+        samples=samples,
         shape_key=tuple(array.shape[batched:] for array in inputs.values()),
         outputs=_read_outputs(request, signature),
         slo=parameters.slo,
         timeout_ns=parameters.timeout_ns,
         payload_bytes=sum(map(_payload_bytes, inputs.values())),
+        length=sum(array.size for array in inputs.values()) // samples if signature.varies else 0,
     )
 
 

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 from protos import gearshift_pb2 as pb
 from server.errors import InvalidRequest
+from server.scheduling.admission import Defaults
 from server.scheduling.explain import Explanation
 from server.scheduling.slo import Slo
 from server.wire.messages import parse
 from server.wire.parameters import fraction, hard_floor, latency_ns, on_infeasible, pinned_variant, priority
-from variants.variant import Interval, Variant
+from variants.variant import Interval, LatencyProfile, Variant
 
 SERVICE = pb.DESCRIPTOR.services_by_name["VariantService"].full_name
 LIST_VARIANTS = f"/{SERVICE}/ListVariants"
@@ -86,10 +87,22 @@ def read_slo(slo: pb.Slo) -> Slo:
     )
 
 
-def encode_variants(model: str, version: str, variants: Sequence[Described]) -> bytes:
-    """The answer to ListVariants, in the order given."""
-    infos = [_info(described) for described in variants]
-    return pb.ListVariantsResponse(model=model, version=version, variants=infos).SerializeToString()
+def encode_variants(
+    model: str,
+    version: str,
+    variants: Sequence[Described],
+    executors: int = 0,
+    defaults: Defaults | None = None,
+) -> bytes:
+    """The answer to ListVariants, in the order given; `defaults` is what a request gets that names nothing."""
+    response = pb.ListVariantsResponse(model=model, version=version, executors=executors)
+    response.variants.extend(_info(described) for described in variants)
+    if defaults is not None:
+        response.default_slo.latency_ms = defaults.latency_ns / 1e6
+        response.default_slo.on_infeasible.extend(defaults.on_infeasible or ())
+        if defaults.max_accuracy_drop is not None:
+            response.default_slo.max_accuracy_drop = defaults.max_accuracy_drop
+    return response.SerializeToString()
 
 
 def encode_explanation(model: str, version: str, explanation: Explanation) -> bytes:
@@ -122,13 +135,22 @@ def _info(described: Described) -> pb.VariantInfo:
         accuracy_drop=_interval(variant.drop),
         size_bytes=variant.size_bytes,
         gate_verdict=described.gate_verdict,
+        batchable=variant.batchable,
+        latency=_latencies(variant.profile),
+        crowded_latency=_latencies(variant.crowded),
     )
-    if variant.profile:
-        measured = list(zip(variant.profile.batch_sizes, variant.profile.latencies_ns, strict=True))
-        for batch_size, nanoseconds in measured:
-            info.latency.add(batch_size=batch_size, latency_us=nanoseconds / 1_000)
-        info.samples_per_second = max(batch_size * 1e9 / nanoseconds for batch_size, nanoseconds in measured)
+    for elements, profile in variant.lengths:
+        info.lengths.add(elements=elements, latency=_latencies(profile))
+    if info.latency:
+        info.samples_per_second = max(point.batch_size * 1e6 / point.latency_us for point in info.latency)
     return info
+
+
+def _latencies(profile: LatencyProfile | None) -> list[pb.BatchLatency]:
+    if profile is None:
+        return []
+    measured = zip(profile.batch_sizes, profile.latencies_ns, strict=True)
+    return [pb.BatchLatency(batch_size=size, latency_us=nanoseconds / 1_000) for size, nanoseconds in measured]
 
 
 def _interval(interval: Interval | None) -> pb.Interval | None:

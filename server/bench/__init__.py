@@ -1,0 +1,1 @@
+"""`gearshift bench`: open-loop load against a running server, and an honest account of what came back."""

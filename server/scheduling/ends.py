@@ -1,0 +1,55 @@
+"""How a request that waits or failed can go on, or must end, as it asked for that case.
+
+Rules: what a request asked for in `on_infeasible` is tried in its order; a request is tried again at most once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.errors import DeadlineMissed, Infeasible, ServingError
+from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
+from server.scheduling.policy import Run
+from server.scheduling.slo import OnInfeasible, Outcome, Request
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A request ended without running (again)."""
+
+    request: Request
+    outcome: Outcome
+    error: ServingError
+
+
+def give_up(model: ModelQueue, request: Request, now_ns: int, late_room: int | None) -> End | None:
+    """A waiting request became hopeless: widen it, make it late, or end it, as it asked."""
+    model.remove(request)
+    for action in request.on_infeasible:
+        if action is OnInfeasible.REJECT:
+            break
+        if action is OnInfeasible.DEGRADE and request.fallback and not request.retried:
+            request.allowed |= request.fallback
+            request.fallback = 0
+            model.add(request)  # still hopeless? then the next round tries the next action
+            return None
+        has_room = late_room is not None and request.size_bytes <= late_room
+        if action is OnInfeasible.LATE and has_room and model.fitting(request.allowed, request.samples):
+            request.late = True
+            model.add(request)
+            return None
+    if not model.fitting(request.allowed, request.samples):
+        return End(request, Outcome.INFEASIBLE, Infeasible("every variant this request allows was disabled"))
+    waited_ms = (now_ns - request.arrival_ns) / 1e6
+    error = DeadlineMissed(f"after {waited_ms:.2f} ms in the queue the deadline can no longer be met")
+    return End(request, Outcome.EXPIRED, error)
+
+
+def second_chance(model: ModelQueue, request: Request, run: Run, now_ns: int) -> int:
+    """The variants on which a request of a failed batch may be tried again; none where that makes no sense."""
+    allowed = request.allowed & model.open_to(request)
+    remaining = allowed & ~(1 << run.place) or (allowed if len(run.requests) > 1 else 0)
+    quickest_ns = model.quickest_ns(remaining, request.samples, request.step)
+    latest_ns = request.deadline_ns - REPLY_RESERVE_NS
+    hopeless = quickest_ns is None or (now_ns + quickest_ns > latest_ns and not request.late)
+    return 0 if request.retried or request.abandoned or hopeless else remaining

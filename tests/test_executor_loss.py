@@ -1,0 +1,181 @@
+"""Executors that die, come back, or seem stuck: nobody is forgotten, and the others carry on."""
+
+from __future__ import annotations
+
+import pytest
+from scheduling_models import MS, Arrival, ask, gamma_arrivals, model_of, slo, variant
+from scheduling_world import World
+
+from server.scheduling.model_queue import ModelQueue
+from server.scheduling.policy import Run
+from server.scheduling.scheduler import Scheduler
+from server.scheduling.slo import OnInfeasible, Outcome, Request
+from variants.variant import REFERENCE
+
+SECOND = 1000 * MS
+
+
+def started(executors: int, model: ModelQueue, *arrivals: Arrival) -> tuple[Scheduler, list[Request], Run]:
+    """A scheduler whose first executor has begun a batch of these requests."""
+    scheduler = Scheduler(executors, max_requests=100, max_bytes=1 << 20)
+    scheduler.add_model(model)
+    requests = [ask(model, arrival, number) for number, arrival in enumerate(arrivals)]
+    for request in requests:
+        assert scheduler.arrived(request, 0) == []
+    run, _ = scheduler.decide(0, 0)
+    assert run is not None
+    assert set(run.requests) == set(requests)
+    return scheduler, requests, run
+
+
+def test_who_was_in_a_batch_that_died_is_tried_again_alone() -> None:
+    """Each of the batch is answered by the executor that is left, once and by itself."""
+    world = World(model_of(), executors=2)
+    numbers = world.arrive(*[Arrival(0, slo(500))] * 4)
+    world.at(MS, lambda: world.lose(0, 10 * SECOND))
+    world.run()
+    assert [len(batch.members) for batch in world.batches] == [4, 1, 1, 1, 1]
+    assert {batch.executor for batch in world.batches[1:]} == {1}
+    assert {world.outcome(number) for number in numbers} == {Outcome.OK}
+
+
+def test_who_has_no_time_left_when_the_executor_dies_fails_at_once() -> None:
+    """Of two in the batch, the one whose deadline is near ends as failed; the other is answered."""
+    world = World(model_of(variant("fp32", 0.9, 5, 5)), executors=2)
+    near, far = world.arrive(Arrival(0, slo(20)), Arrival(0, slo(500)))
+    world.at(14 * MS, lambda: world.lose(0, 10 * SECOND))
+    world.run()
+    assert len(world.batches[0].members) == 2
+    assert (world.outcome(near), world.ended[near].at_ns) == (Outcome.FAILED, 14 * MS)
+    assert world.outcome(far) is Outcome.OK
+
+
+def test_losing_an_idle_executor_ends_nobody() -> None:
+    """The next request runs on the other; when both are lost it waits for one to come back."""
+    world = World(model_of(), executors=2)
+    world.at(0, lambda: world.lose(0, 300 * MS))
+    alone = world.arrive(Arrival(MS, slo(100)))[0]
+    world.at(100 * MS, lambda: world.lose(1, SECOND))
+    patient = world.arrive(Arrival(200 * MS, slo(500)))[0]
+    world.run()
+    assert [batch.executor for batch in world.batches] == [1, 0]
+    assert (world.outcome(alone), world.outcome(patient)) == (Outcome.OK, Outcome.OK)
+    assert world.batches[1].at_ns == 300 * MS
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_one_slo_after_half_of_the_executors_were_lost_everybody_is_in_time(seed: int) -> None:
+    """Within what the two that are left can carry: whoever comes 60 ms after the loss, or before it, is answered."""
+    world = World(model_of(), executors=4, check=False)
+    numbers = world.arrive(*gamma_arrivals(seed, 900, 1, 2.0, slo(60)))
+    for executor in (0, 1):
+        world.at(SECOND, lambda executor=executor: world.lose(executor, 10 * SECOND))  # type: ignore[misc]
+    world.run()
+    calm = [n for n in numbers if not SECOND - 60 * MS < world.arrivals[n].at_ns < SECOND + 60 * MS]
+    assert {world.outcome(number) for number in calm} == {Outcome.OK}
+
+
+def test_an_executor_that_comes_back_is_used_again() -> None:
+    """After its return the batches are shared as before."""
+    world = World(model_of(), executors=2)
+    world.arrive(*[Arrival(at * 2 * MS, slo(60)) for at in range(500)])
+    world.at(200 * MS, lambda: world.lose(0, 300 * MS))
+    world.run()
+    away = [batch for batch in world.batches if 200 * MS <= batch.at_ns < 500 * MS]
+    back = [batch for batch in world.batches if batch.at_ns >= 500 * MS]
+    assert {batch.executor for batch in away} == {1}
+    assert {batch.executor for batch in back} == {0, 1}
+
+
+def stuck_on(executor: int, taken_ns: int) -> World:
+    """Two executors, of which the first batch on one takes so long; everything else goes as profiled."""
+    stuck: list[Run] = []
+
+    def service(run: Run, profiled_ns: int) -> int:
+        if run.executor == executor and not stuck:
+            stuck.append(run)
+            return taken_ns
+        return profiled_ns
+
+    return World(model_of(), executors=2, service=service)
+
+
+def test_what_a_stuck_executor_took_along_is_answered_by_the_others() -> None:
+    """Far overdue, it is given up on: its request runs again elsewhere and is in time, long before it is done."""
+    world = stuck_on(0, 10 * SECOND)
+    number = world.arrive(Arrival(0, slo(600)))[0]
+    others = world.arrive(*[Arrival(SECOND + at * 20 * MS, slo(60)) for at in range(50)])
+    world.run()
+    assert world.outcome(number) is Outcome.OK
+    assert [batch.executor for batch in world.batches[:2]] == [0, 1]
+    assert {world.outcome(other) for other in others} == {Outcome.OK}
+    assert {batch.executor for batch in world.batches[1:]} == {1}
+
+
+def test_a_pinned_request_still_gets_the_answer_of_a_stuck_executor() -> None:
+    """Nobody else may answer it, so it goes on waiting, and its answer counts when it comes."""
+    world = stuck_on(0, SECOND)
+    number = world.arrive(Arrival(0, slo(600, variant=REFERENCE)))[0]
+    world.run()
+    assert (world.outcome(number), world.ended[number].at_ns) == (Outcome.LATE, SECOND)
+    assert len(world.batches) == 1
+
+
+def test_a_stuck_executor_that_fails_after_all_ends_only_who_waited_for_it() -> None:
+    """The pinned request ends then; its batch-mate, which waits to be tried on another variant, is left alone."""
+    pin, free = slo(600, variant=REFERENCE), slo(600)
+    model = model_of()
+    scheduler, (pinned, mate), run = started(1, model, Arrival(0, pin), Arrival(0, free))
+    pinned.abandoned = True  # its client has gone, so nobody tries it again
+    given_up_ns = 251 * MS + 10 * run.predicted_ns
+    assert scheduler.tick(given_up_ns) == []
+    assert list(model.regular) == [mate]
+    ends = scheduler.failed(run, given_up_ns + MS, "incident")
+    assert [(end.request, end.outcome) for end in ends] == [(pinned, Outcome.FAILED)]
+    assert list(model.regular) == [mate]
+
+
+def test_the_answer_of_a_stuck_executor_ends_those_who_still_wait_to_be_tried_again() -> None:
+    """It comes before their second chance has begun, so it counts, and they do not run again."""
+    model = model_of()
+    scheduler, requests, run = started(1, model, *[Arrival(0, slo(900))] * 2)
+    given_up_ns = 251 * MS + 10 * run.predicted_ns
+    assert scheduler.tick(given_up_ns) == []
+    assert set(model.regular) == set(requests)
+    assert set(scheduler.finished(run, given_up_ns + MS, given_up_ns)) == set(requests)
+    assert (model.waiting, scheduler.pool.idle) == (0, True)
+
+
+def test_who_waits_for_a_stuck_executor_fails_when_it_dies() -> None:
+    """It was given up on first and reported dead later: whoever only it could answer is told so."""
+    scheduler, (request,), run = started(1, model_of(), Arrival(0, slo(600, variant=REFERENCE)))
+    given_up_ns = 251 * MS + 10 * run.predicted_ns
+    assert scheduler.tick(given_up_ns) == []
+    ends = scheduler.lost(0, given_up_ns + MS, "incident")
+    assert [(end.request, end.outcome) for end in ends] == [(request, Outcome.FAILED)]
+
+
+def test_who_could_only_be_tried_again_on_the_lost_executor_waits_for_it() -> None:
+    """The fast executor seems stuck and the other is too slow: the request is not dropped, its answer counts."""
+    model = model_of(variant("fp32", 0.9, 10, 0, sizes=(1,)), variant("amp", 0.9, 10, 0, sizes=(1,)))
+    scheduler, (request,), run = started(2, model, Arrival(0, slo(300)))
+    for _ in range(5):
+        scheduler.pool.observe(Run(1, model.key, "fp32", 0, (), 1, 1, "", 0, 0, run.slowdown), 8.0, 200 * MS)
+    given_up_ns = 250 * MS + 1
+    assert scheduler.arrived(ask(model, Arrival(given_up_ns - 1, slo(300)), 1), given_up_ns - 1) == []
+    ends = [end for end in scheduler.tick(given_up_ns) if end.request is request]
+    answered = scheduler.finished(run, given_up_ns + MS, given_up_ns)
+    assert len(ends) + list(answered).count(request) == 1
+
+
+def test_when_the_clock_jumps_ahead_the_hopeless_end_and_the_late_are_served() -> None:
+    """After a host's minute of sleep every request that waits ends, and service goes on as before."""
+    late = slo(60, None, OnInfeasible.LATE)
+    world = World(model_of(), check=False)
+    world.arrive(Arrival(0, slo(500)), *[Arrival(MS, slo(60))] * 3, *[Arrival(MS, late)] * 3)
+    world.run(until_ns=MS)
+    after = world.arrive(*[Arrival(60 * SECOND + at * 50 * MS, slo(60)) for at in range(10)])
+    world.now_ns = 60 * SECOND - MS
+    world.run()
+    assert {world.outcome(number) for number in after} == {Outcome.OK}
+    assert len(world.ended) == len(world.arrivals)
