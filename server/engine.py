@@ -229,9 +229,7 @@ class Engine:
 
     def _request(self, inference: Inference, part: Part) -> Request:
         call, request, model = inference.call, inference.request, inference.model
-        deadlines = [call.deadline_ns] if call.deadline_ns is not None else []
-        if request.timeout_ns is not None:
-            deadlines.append(call.arrival_ns + request.timeout_ns)
+        timeout_ns = inference.timeout_ns
         return make_request(
             model.queue,
             request.slo,
@@ -242,7 +240,7 @@ class Engine:
             shape=request.shape_key,
             length=request.length,
             arrival_ns=call.arrival_ns,
-            rpc_deadline_ns=min(deadlines, default=None),
+            rpc_deadline_ns=None if timeout_ns is None else call.arrival_ns + timeout_ns,
             payload=part,
         )
 

@@ -47,7 +47,7 @@ class RequestEnded:
 class PassedOver(NamedTuple):
     """A more accurate variant than the one that ran: why it was passed over (a short code), and what was missing.
 
-    `short` is nanoseconds for "slack" and "drain", samples for "batch".
+    `short` is nanoseconds for "slack", "reserve" and "drain", samples for "batch".
     """
 
     variant: str

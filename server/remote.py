@@ -246,14 +246,14 @@ def _milliseconds(microseconds: float | None) -> str:
 
 def _asking(chosen: argparse.Namespace, ask: Callable[[_Remote], None]) -> int:
     """Run `ask` on the server that the flags name; a failed rpc becomes one line and 1, or 2 for a wrong argument."""
-    trust, token = _read(chosen.tls_ca), _read(chosen.token_file)
+    trust, token = read_file(chosen.tls_ca), read_file(chosen.token_file)
     if token and not token.strip().isascii():
         raise SettingsError(f"{chosen.token_file}: holds no token")
     try:
         with _channel(chosen.url, trust) as channel:
             ask(_Remote(channel, token.decode("ascii").strip() if token else None))
     except grpc.RpcError as error:
-        sys.stderr.write(f"gearshift {chosen.command}: {_told(error, chosen.url)}\n")
+        sys.stderr.write(f"gearshift {chosen.command}: {told(error, chosen.url)}\n")
         return 2 if error.code() is grpc.StatusCode.INVALID_ARGUMENT else 1
     return 0
 
@@ -265,14 +265,16 @@ def _channel(url: str, trust: bytes | None) -> grpc.Channel:
     return grpc.secure_channel(url, grpc.ssl_channel_credentials(root_certificates=trust), options)
 
 
-def _read(path: Path | None) -> bytes | None:
+def read_file(path: Path | None) -> bytes | None:
+    """What a flag's file holds, None without the flag. Raises SettingsError."""
     try:
         return path.read_bytes() if path else None
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _told(error: grpc.RpcError, url: str) -> str:
+def told(error: grpc.RpcError, url: str) -> str:
+    """A failed rpc in one line."""
     details = " ".join(str(error.details() or "").split())
     if error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
         return f"no answer from {url}: is `gearshift serve` running there? ({details})"

@@ -120,6 +120,8 @@ def _lacked(passed: PassedOver) -> str:
             return f"was {_count(passed.short, 'sample')} short of a full batch"
         case "drain":
             return f"would have made those behind {_milliseconds(passed.short)} late"
+        case "reserve":
+            return f"would have kept tight requests waiting {_milliseconds(passed.short)} too long"
         case other:
             return f"was passed over: {other}"
 

@@ -37,15 +37,6 @@ def test_a_queue_is_sorted_by_order_and_then_by_number() -> None:
     assert queue.first().number == 2
 
 
-def test_a_request_knows_its_queue_only_while_it_waits() -> None:
-    """`queue` is set by add and cleared by discard."""
-    queue, one = DeadlineQueue(), request(1)
-    queue.add(one)
-    assert one.queue is queue
-    queue.discard(one)
-    assert one.queue is None
-
-
 def test_discarding_takes_out_exactly_that_request() -> None:
     """Equal orders do not confuse one request with another, and the samples are kept in step."""
     queue = DeadlineQueue()

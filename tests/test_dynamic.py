@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,10 @@ from variants.source import Source
 def fused(graph: Path) -> list[str]:
     """The operators that ONNX Runtime makes of a graph when it loads it."""
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(graph.with_suffix(".fused")), 4
-    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    with TemporaryDirectory() as folder:
+        options.optimized_model_filepath, options.log_severity_level = f"{folder}/fused.onnx", 4
+        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
 
 
 def products(path: Path, *layers: tuple[str, str, Array], opset: int = 18) -> Path:

@@ -152,7 +152,7 @@ def test_a_signal_while_loading_ends_at_once(repository: Path) -> None:
     with subprocess.Popen(loading, stderr=subprocess.PIPE, text=True, cwd=TOP, env=environment) as started:
         try:
             assert started.stderr is not None
-            assert "measuring" in started.stderr.readline()
+            assert any("measuring" in line for line in started.stderr)
             started.send_signal(signal.SIGTERM)
             _, log = started.communicate(timeout=WAIT_S)
         finally:

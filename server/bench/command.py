@@ -19,7 +19,7 @@ from server.bench.load import CONNECT_S, Answer, Metadata, connected, open_loop,
 from server.bench.report import read, summary
 from server.bench.requests import Planned, plan, read_data, target
 from server.bench.tables import show
-from server.remote import _read, _told
+from server.remote import read_file, told
 from server.settings import SettingsError
 from server.trace import Arrival
 from server.wire.inference import SERVICE
@@ -50,14 +50,14 @@ def bench(chosen: argparse.Namespace) -> int:
     arrivals = arrivals_of(chosen, chosen.model)
     if chosen.json:
         _check_writable(chosen.json)
-    trust, token = _read(chosen.tls_ca), (_read(chosen.token_file) or b"").strip()
+    trust, token = read_file(chosen.tls_ca), (read_file(chosen.token_file) or b"").strip()
     if chosen.token_file and not (token and token.isascii()):
         raise SettingsError(f"{chosen.token_file}: holds no token")
     metadata = (("authorization", f"Bearer {token.decode('ascii')}"),) if token else ()
     try:
         done = run(_load(chosen, arrivals, trust, metadata))
     except grpc.RpcError as error:
-        sys.stderr.write(f"gearshift bench: {_told(error, chosen.url)}\n")
+        sys.stderr.write(f"gearshift bench: {told(error, chosen.url)}\n")
         return 2 if error.code() is grpc.StatusCode.INVALID_ARGUMENT else 1
     except TimeoutError:
         sys.stderr.write(f"gearshift bench: no connection to {chosen.url} within {CONNECT_S:.0f} s\n")

@@ -251,6 +251,8 @@ def _counterfactual(passed: PassedOver, most_rate: float | None, rate: float) ->
         return f"slack: with {passed.short / 1e6:.2f} ms more it would be in time"
     if passed.reason == "batch":
         return f"batch: it can take {passed.short} samples too few of those that run together now"
+    if passed.reason == "reserve":
+        return f"reserve: tight requests that are to be expected would wait {passed.short / 1e6:.2f} ms too long for it"
     short = f"drain: those behind it would be {passed.short / 1e6:.2f} ms late"
     if not most_rate:
         return f"{short}; it needs a shorter queue"

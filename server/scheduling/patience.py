@@ -10,39 +10,61 @@ Rules: kinds are few (floor class, size, step of length, octave of the time allo
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import exp
+from typing import NamedTuple
 
 from server.scheduling.slo import Request
 
+_TAU_NS = 1_000_000_000  # over which arrivals of a kind are counted
 _MEMORY_NS = 5_000_000_000
 _MOST_KINDS = 64
+_NOTABLE = 0.1  # arrivals expected while a batch runs, below which a kind need not be kept in mind
 
 Kind = tuple[int, int, int, int]
 Quickest = Callable[[int, int, int], int | None]
 """Floor class, samples and step in; the least time in which they can run out."""
 
 
+class _Seen(NamedTuple):
+    """A kind of requests: the least time one of them allowed, how many came of late, and when the last one did."""
+
+    least_ns: int
+    count: float
+    last_ns: int
+
+    def count_at(self, now_ns: int) -> float:
+        """How many came in the last `_TAU_NS`, those of long ago fading out."""
+        return self.count * exp((self.last_ns - now_ns) / _TAU_NS)
+
+
 class Patience:
-    """The kinds of requests seen lately, each with the least time one of them allowed and when one was last seen."""
+    """The kinds of requests seen lately."""
 
     def __init__(self) -> None:
-        self._kinds: dict[Kind, tuple[int, int]] = {}
+        self._kinds: dict[Kind, _Seen] = {}
 
     def arrived(self, request: Request, now_ns: int) -> None:
         """Take note of a request that was admitted."""
         budget_ns = request.deadline_ns - request.arrival_ns
         kind = request.allowed, request.samples, request.step, budget_ns.bit_length()
-        least_ns, seen_ns = self._kinds.pop(kind, (budget_ns, now_ns))
-        if now_ns - seen_ns > _MEMORY_NS:
-            least_ns = budget_ns
-        self._kinds[kind] = min(least_ns, budget_ns), now_ns  # at the end: in order of when they were last seen
+        seen = self._kinds.pop(kind, None)
+        if seen is None or now_ns - seen.last_ns > _MEMORY_NS:
+            seen = _Seen(budget_ns, 0.0, now_ns)
+        # put at the end: in order of when they were last seen
+        self._kinds[kind] = _Seen(min(seen.least_ns, budget_ns), seen.count_at(now_ns) + 1.0, now_ns)
         if len(self._kinds) > _MOST_KINDS:
             del self._kinds[next(iter(self._kinds))]
 
-    def laxity_ns(self, quickest_ns: Quickest, now_ns: int) -> int | None:
-        """The least time beyond its fastest run that a request seen lately allowed; None if none was."""
+    def laxity_ns(self, quickest_ns: Quickest, now_ns: int, within_ns: int) -> int | None:
+        """The least time beyond its fastest run that a request allows of which some are expected; None if none are.
+
+        Expected are those of which more than `_NOTABLE` come in a time as long as `within_ns`, judged by late arrivals.
+        """
         least: int | None = None
-        for (allowed, samples, step, _), (budget_ns, seen_ns) in self._kinds.items():
-            run_ns = quickest_ns(allowed, samples, step) if now_ns - seen_ns <= _MEMORY_NS else None
-            if run_ns is not None and (least is None or budget_ns - run_ns < least):
-                least = budget_ns - run_ns
+        for (allowed, samples, step, _), seen in self._kinds.items():
+            if seen.count_at(now_ns) * within_ns < _NOTABLE * _TAU_NS:
+                continue
+            run_ns = quickest_ns(allowed, samples, step)
+            if run_ns is not None and (least is None or seen.least_ns - run_ns < least):
+                least = seen.least_ns - run_ns
         return least

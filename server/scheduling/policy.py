@@ -18,7 +18,7 @@ from server.scheduling.slo import ModelKey, Request
 class PassedOver(NamedTuple):
     """A more accurate variant that was not taken: why (a short code), and what was missing for it.
 
-    `short` is nanoseconds of time for "slack" and "drain", samples for "batch".
+    `short` is nanoseconds of time for "slack", "reserve" and "drain", samples for "batch".
     """
 
     variant: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -48,12 +49,10 @@ def run(chosen: argparse.Namespace) -> int:
 
     Raises SettingsError for what is wrong with the flags or their files.
     """
+    _check_numbers(chosen)
     policies = _policies(chosen.policy)
     profiled = _profiled(chosen)
     setting = _setting(chosen, profiled)
-    for name, value in (("executors", setting.executors), ("replicas", chosen.replicas)):
-        if value < 1:
-            raise SettingsError(f"--{name} must be at least 1, got {value}")
     trace = arrivals_of(chosen, profiled.model)
     compared = [_Compared(name, _replicated(setting, trace, made, chosen)) for name, made in policies.items()]
     bound = None if chosen.no_bound else _bound(setting, trace, chosen.replicas)
@@ -61,6 +60,17 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.json:
         _write(chosen.json, compared, bound)
     return 0
+
+
+def _check_numbers(chosen: argparse.Namespace) -> None:
+    for name in ("executors", "replicas"):
+        value = getattr(chosen, name)
+        if value is not None and value < 1:
+            raise SettingsError(f"--{name} must be at least 1, got {value}")
+    for name in ("noise", "wake_ms", "reply_ms"):
+        value = getattr(chosen, name)
+        if not 0 <= value < math.inf:
+            raise SettingsError(f"--{name.replace('_', '-')} must be at least 0, got {value:g}")
 
 
 def _policies(names: Sequence[str]) -> dict[str, PolicyFactory]:

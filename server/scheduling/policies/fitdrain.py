@@ -55,7 +55,7 @@ def _choose(model: ModelQueue, anchor: Request, moment: Moment) -> Choice:
     """The batch around the anchor: one that leaves room for tight requests, else one that is safe, else the most."""
     slack_ns = anchor.deadline_ns - REPLY_RESERVE_NS - moment.now_ns
     tried = _Tried()
-    responsive_ns = _responsive_ns(model, moment)
+    responsive_ns = _responsive_ns(model, moment, slack_ns)
     for within_ns in (slack_ns,) if responsive_ns is None or responsive_ns > slack_ns else (responsive_ns, slack_ns):
         for upgrades in (True, False):
             choice = _safe(model, anchor, moment, _Limits(within_ns, upgrades), tried)
@@ -64,9 +64,9 @@ def _choose(model: ModelQueue, anchor: Request, moment: Moment) -> Choice:
     return tried.next_best or _most_goodput(model, anchor, moment.now_ns, tuple(tried.passed_over))
 
 
-def _responsive_ns(model: ModelQueue, moment: Moment) -> int | None:
+def _responsive_ns(model: ModelQueue, moment: Moment, slack_ns: int) -> int | None:
     """How long this executor may be busy without failing tight requests that come; None if another is free in time."""
-    laxity_ns = model.patience.laxity_ns(model.quickest_ns, moment.now_ns)
+    laxity_ns = model.patience.laxity_ns(model.quickest_ns, moment.now_ns, slack_ns)
     if laxity_ns is None:
         return None
     laxity_ns -= REPLY_RESERVE_NS
