@@ -61,13 +61,17 @@ def _accuracy(runs: Runs) -> _Picture:
     figure, panels = _figure(len(rhos), 3.2)
     for axes, rho in zip(panels, rhos, strict=True):
         cells = runs.scenarios("main", lambda cell, rho=rho: cell.rho == rho)  # type: ignore[misc]
+        axes.set(xscale="log", xlim=(_LEAST_MISSED / 2, 1))
         for policy in _SHOWN:
             if not all(runs.seeds(cell, policy) for cell in cells):
                 continue
             missed = 1 - np.mean([runs.mean(cell, policy, ATTAINMENT) for cell in cells])
             accuracy = np.mean([runs.mean(cell, policy, MEAN_ACCURACY) for cell in cells])
             axes.plot([max(missed, _LEAST_MISSED)], [100 * accuracy], "o", label=policy, color=_colour(policy))
-        axes.set(xscale="log", xlabel="missed, share of all requests", title=f"ρ {rho:g}, mean of all traces")
+        axes.set(
+            xlabel="missed, share of all requests",
+            title=f"ρ {rho:g}, mean of all traces",
+        )
     panels[0].set_ylabel("mean accuracy in time, %")
     panels[0].legend(fontsize=7)
     yield "Accuracy against misses (up and left is better)", "accuracy-against-misses", figure

@@ -54,8 +54,8 @@ def _opening(runs: Runs) -> Iterator[str]:
         "versions, written from the papers.\n"
     )
     yield (
-        "**What this is not**: measured on a machine. Accuracies are the profiled ones, service noise is a model, there "
-        "is one node; SlackFit was made for hundreds of variants and has five here."
+        "**What this is not**: measured on a machine. Accuracies are the profiled ones, service noise is a model, "
+        "there is one node; SlackFit was made for hundreds of variants and has five here."
     )
     if not runs.scenarios("main", lambda cell: cell.trace == AZURE):
         yield "\nThe Azure trace was left out: its file was not given (`--azure`)."

@@ -171,10 +171,10 @@ def predicted_finish_ns(model: ModelQueue, request: Request, allowed: int, load:
     quickest_ns = model.quickest_ns(allowed, request.samples, request.step)
     if quickest_ns is None:
         return None
-    ahead_ns = model.backlog_ns(request.order_ns)
+    ahead_ns, own_ns = model.ahead_ns(request, allowed)
     ahead_ns += min(load.others_backlog_ns, ahead_ns)
     start_ns = max(load.now_ns, min(load.free_ns)) + ahead_ns // len(load.free_ns)
-    return start_ns + quickest_ns + REPLY_RESERVE_NS
+    return start_ns + max(quickest_ns, own_ns) + REPLY_RESERVE_NS
 
 
 def refusal(model: ModelQueue, request: Request, load: Load) -> ServingError | None:

@@ -133,8 +133,7 @@ def _stream(model: ModelQueue, key: tuple[int, int]) -> _Stream | None:
     if variant is None:
         return None
     most, full_ns = model.chunk(allowed, step, waiting)
-    average = max(1, waiting.samples // len(waiting))
-    return _Stream(model, variant, step, most, average, full_ns, waiting.entries)
+    return _Stream(model, variant, step, most, waiting.average, full_ns, waiting.entries)
 
 
 def _rivals_heads(moment: Moment) -> list[tuple[int, int]]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from math import sqrt
 
+from server.scheduling.learnt import Learnt
+
 _BUCKET_NS = 20_000_000
 _GAIN = 0.095  # 1 - exp(-20 ms / 200 ms)
 _FORGET_AFTER = 100  # empty buckets after which nothing is left of a rate
 _MOST_DISPERSION = 16.0
-_LEAST_SPREAD, _MOST_SPREAD = 1.0, 16.0  # standard deviations added to the mean
 _MISS_RATE = 0.001
-_SPREAD_STEP = 0.25
 
 
 class ArrivalForecast:
@@ -28,12 +28,8 @@ class ArrivalForecast:
         self._earlier = 0
         self._mean = 0.0
         self._variance = 0.0
-        self._spread = _LEAST_SPREAD
-
-    def judged(self, *, missed: bool) -> None:
-        """Learn that a request missed its deadline, be it refused or expired, or that one was admitted."""
-        step = _SPREAD_STEP * ((1.0 if missed else 0.0) - _MISS_RATE)
-        self._spread = min(max(self._spread + step, _LEAST_SPREAD), _MOST_SPREAD)
+        self.spread = Learnt(1.0, least=1.0, most=16.0, step=0.25, rate=_MISS_RATE)
+        """Standard deviations added to the mean; a mistake is a request that missed, be it refused or expired."""
 
     def arrived(self, samples: int, now_ns: int) -> None:
         """Count an arrival."""
@@ -54,7 +50,7 @@ class ArrivalForecast:
             return 0.0
         arrivals = mean * duration_ns / _BUCKET_NS
         dispersion = min(max(self._variance / mean, 1.0), _MOST_DISPERSION)
-        return arrivals + self._spread * sqrt(dispersion * arrivals)
+        return arrivals + self.spread.value * sqrt(dispersion * arrivals)
 
     def _roll(self, now_ns: int) -> None:
         bucket = now_ns // _BUCKET_NS

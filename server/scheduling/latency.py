@@ -126,6 +126,12 @@ class LatencyModel:
         """How long a batch may take while every executor is busy."""
         return self._table((variant, step, self._crowd.busy))[samples] * self._crowd.slowdown // UNIT
 
+    def expected_ns(self, variant: int, samples: int, step: int = 0) -> int:
+        """How long a batch will take while every executor is busy, without a margin: what sums of many come to."""
+        busy = self._crowd.busy
+        profiled_ns = self._base_table((variant, step, busy))[samples]
+        return int(profiled_ns * self._bias_of(variant, samples, busy)) * self._crowd.slowdown // UNIT
+
     def largest_batch(self, variant: int, budget_ns: int, step: int = 0) -> int:
         """The most samples whose predicted latency here stays within the budget; 0 when not even one does."""
         return _largest(self._table((variant, step, self._here.busy)), budget_ns, self._here.slowdown)

@@ -133,7 +133,7 @@ class ModelQueue:
     def missed(self, request: Request) -> None:
         """A request could not be in time; one that allowed much less than usual would have missed anyhow."""
         if 2 * (request.deadline_ns - request.arrival_ns) >= self.typical_budget_ns:
-            self.forecast.judged(missed=True)
+            self.forecast.spread.judged(mistake=True)
 
     def fastest(self, allowed: int) -> int | None:
         """The usable variant of a set with the highest throughput, or None when the set has none left."""
@@ -179,7 +179,7 @@ class ModelQueue:
         fastest = self.fastest(allowed)
         if fastest is None:
             return 1, 0
-        average = max(1, waiting.samples // len(waiting))
+        average = waiting.average
         samples = max(average, min(self.throughput_batch(fastest), waiting.samples // waiting.shapes))
         samples = min(samples, self.latency.max_batch_size(fastest))
         return max(1, samples // average), self.latency.crowded_ns(fastest, samples, step)
@@ -187,6 +187,25 @@ class ModelQueue:
     def backlog_ns(self, order_ns: int | None = None) -> int:
         """Executor time of the work that waits, or of that part which is ahead of a newcomer with this order."""
         return self._drain_ns(self.regular, order_ns)
+
+    def ahead_ns(self, request: Request, own: int) -> tuple[int, int]:
+        """Executor time that the work ahead of a newcomer is expected to take, and that of the batch it runs in itself.
+
+        `own` is the floor class that it would wait in. Behind a full batch of that, its own will be full too: to reckon
+        with less would admit requests that leave no time for a full batch, so that batches shrink just when throughput
+        is short. Only its own batch has a margin: the errors of many cancel out.
+        """
+        ahead_ns = own_ns = 0
+        for (allowed, step), floor_class in self.regular.classes.items():
+            requests, batch_ns = self.chunk(allowed, step, floor_class)
+            ahead = floor_class.ahead_of(request.order_ns)
+            fastest = self.fastest(allowed) if ahead else None
+            if fastest is not None:
+                samples = min(self.latency.max_batch_size(fastest), requests * floor_class.average)
+                ahead_ns += self.latency.expected_ns(fastest, samples, step) * ahead // requests
+                if ahead >= requests and (allowed, step) == (own, request.step):
+                    own_ns = batch_ns
+        return ahead_ns, own_ns
 
     def late_backlog_ns(self) -> int:
         """Executor time of the late work that waits."""

@@ -29,12 +29,12 @@ class _Seen(NamedTuple):
     """A kind of requests: the least time one of them allowed, how many came of late, and when the last one did."""
 
     least_ns: int
-    count: float
+    weight: float
     last_ns: int
 
     def count_at(self, now_ns: int) -> float:
         """How many came in the last `_TAU_NS`, those of long ago fading out."""
-        return self.count * exp((self.last_ns - now_ns) / _TAU_NS)
+        return self.weight * exp((self.last_ns - now_ns) / _TAU_NS)
 
 
 class Patience:

@@ -104,7 +104,7 @@ class Scheduler:
                 model.missed(request)
             return [*ended, End(request, _REFUSALS[type(error)], error)]
         if not request.late:
-            model.forecast.judged(missed=False)
+            model.forecast.spread.judged(mistake=False)
             model.patience.arrived(request, now_ns)
         if not model.queues:  # it starts level with the others: neither idleness nor late work earns credit
             model.served_ns = max(model.served_ns, self._served_ns)

@@ -23,6 +23,11 @@ class FloorClass(DeadlineQueue):
         super().__init__()
         self.shapes = 0
 
+    @property
+    def average(self) -> int:
+        """Samples of an average request, at least 1."""
+        return max(1, self.samples // max(1, len(self)))
+
 
 class Waiting:
     """Requests by what they may share a batch with, and by class.

@@ -24,6 +24,8 @@ class Summary:
     requests: int
     attainment: float
     mean_accuracy: float
+    mean_proven_accuracy: float
+    """As `mean_accuracy`, of the lower bounds that answers promise."""
     effective_accuracy: float
     attainment_admitted: float
     admitted_then_failed: float
@@ -61,6 +63,7 @@ def summarise(simulation: Simulation) -> Summary:
         requests=len(ended),
         attainment=len(in_time) / len(ended),
         mean_accuracy=earned / len(in_time) if in_time else 0.0,
+        mean_proven_accuracy=_mean([variants[end.place].proven_accuracy for end in in_time]),
         effective_accuracy=earned / len(ended),
         attainment_admitted=len(in_time) / len(admitted) if admitted else 0.0,
         admitted_then_failed=(len(admitted) - len(in_time)) / len(ended),
@@ -96,6 +99,7 @@ def merged(summaries: Sequence[Summary]) -> Summary:
         requests=total,
         attainment=mean("attainment"),
         mean_accuracy=mean("mean_accuracy", "attainment"),
+        mean_proven_accuracy=mean("mean_proven_accuracy", "attainment"),
         effective_accuracy=mean("effective_accuracy"),
         attainment_admitted=mean("attainment_admitted"),
         admitted_then_failed=mean("admitted_then_failed"),
@@ -129,6 +133,10 @@ def _breaks_floor(simulation: Simulation, number: int, end: Ended) -> bool:
     variant = simulation.model.variants[end.place]
     below = slo.min_accuracy is not None and variant.proven_accuracy < slo.min_accuracy
     return below or (slo.max_accuracy_drop is not None and variant.proven_drop > slo.max_accuracy_drop)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float:
