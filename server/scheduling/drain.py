@@ -10,64 +10,72 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
+from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
 from server.scheduling.deadline_queue import Entry
+from server.scheduling.latency import LatencyModel
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
 from server.scheduling.policy import Moment
 from server.scheduling.slo import Request
 
-_DRAIN_STEPS = 32  # batches of backlog tested one by one; the rest is tested as a fluid
+_STEPS = 24  # batches of backlog tested one by one; the rest is tested as a fluid
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Stream:
-    """One floor class of one model as it drains: its requests in order, and the next one's place among them."""
+    """One floor class as it drains: its requests in order, those taken included, and how its batches are."""
 
-    model: ModelQueue
+    latency: LatencyModel
+    entries: Sequence[Entry]
+    left: int
+    """Requests that were not taken."""
     variant: int
     step: int
     most: int
     """Requests that a full batch takes."""
+    full_ns: int
     average: int
     """Samples of an average request."""
-    full_ns: int
-    entries: Sequence[Entry]
-    place: int = 0
 
-    def head_deadline_ns(self, gone: set[Request]) -> int | None:
-        """The deadline of the next request that was not taken; None at the end."""
-        while self.place < len(self.entries):
-            request = self.entries[self.place][2]
-            if request not in gone:
-                return request.deadline_ns
-            self.place += 1
+    def next_place(self, place: int, gone: set[Request]) -> int | None:
+        """The place of the first request from here on that was not taken; None at the end."""
+        entries = self.entries
+        while place < len(entries):
+            if entries[place][2] not in gone:
+                return place
+            place += 1
         return None
 
     def batch(self, slack_ns: int) -> tuple[int, int]:
         """The largest batch within the slack: its requests and its time. Without any, the time that one needs."""
-        latency = self.model.latency
         if self.full_ns <= slack_ns:
             return self.most, self.full_ns
-        requests = latency.largest_crowded(self.variant, slack_ns, self.step) // self.average
-        return requests, latency.crowded_ns(self.variant, max(requests, 1) * self.average, self.step)
+        requests = self.latency.largest_crowded(self.variant, slack_ns, self.step) // self.average
+        return requests, self.latency.crowded_ns(self.variant, max(requests, 1) * self.average, self.step)
 
 
 @dataclass(frozen=True, slots=True)
 class Behind:
-    """What a batch leaves waiting: by floor class as (key, requests), and who must not be counted."""
+    """What a batch leaves waiting, by floor class, and the requests that it takes."""
 
     model: ModelQueue
     gone: set[Request]
-    left: dict[tuple[int, int], int]
+    streams: Sequence[_Stream]
 
 
 def left_behind(model: ModelQueue, taken: Sequence[Request] = ()) -> Behind:
     """What waits once a batch has been taken."""
     taken_from = Counter((request.allowed, request.step) for request in taken)
-    counts = {key: len(waiting) - taken_from[key] for key, waiting in model.regular.classes.items()}
-    return Behind(model, set(taken), {key: count for key, count in counts.items() if count})
+    streams = []
+    for key, waiting in model.regular.classes.items():
+        left, variant = len(waiting) - taken_from[key], model.fastest(key[0])
+        if left and variant is not None:
+            most, full_ns = model.chunk(*key, waiting)
+            streams.append(
+                _Stream(model.latency, waiting.entries, left, variant, key[1], most, full_ns, waiting.average)
+            )
+    return Behind(model, set(taken), streams)
 
 
 class Shortage(NamedTuple):
@@ -80,60 +88,41 @@ class Shortage(NamedTuple):
 def shortage(behind: Behind, moment: Moment, free_ns: int) -> Shortage:
     """By how much the first of those left behind, else the forecast, would be late on their fastest variants.
 
-    `free_ns` is when the executor that decides would be free again. Of other models only the most urgent batch is
+    `free_ns` is when the executor that decides would be free again. Of other models only the most urgent request is
     looked at, where it can still be in time: what lies behind it is a matter of fairness.
     """
     free = [free_ns, *moment.others_free_ns]
     heapify(free)
-    streams = _streams(behind)
-    heads = sorted(_rivals_heads(moment))
-    tested = dict.fromkeys(behind.left, 0)
-    for _ in range(_DRAIN_STEPS):
-        while heads and (not streams or heads[0][0] <= streams[0][0]):
-            deadline_ns, batch_ns = heads.pop(0)
-            if free[0] + batch_ns > deadline_ns - REPLY_RESERVE_NS:
-                return Shortage(free[0] + batch_ns - deadline_ns + REPLY_RESERVE_NS)
-            heapreplace(free, free[0] + batch_ns)
-        if not streams:
+    for deadline_ns, run_ns in sorted(_rivals_heads(moment)):
+        late_ns = free[0] + run_ns - deadline_ns + REPLY_RESERVE_NS
+        if late_ns > 0:
+            return Shortage(late_ns)
+        heapreplace(free, free[0] + run_ns)
+    left = [stream.left for stream in behind.streams]
+    heads = [head for number in range(len(left)) if (head := _head(behind, number, 0)) is not None]
+    heapify(heads)
+    for _ in range(_STEPS):
+        if not heads:
             break
-        deadline_ns, _, key, stream = streams[0]
-        requests, batch_ns = stream.batch(deadline_ns - REPLY_RESERVE_NS - free[0])
+        deadline_ns, number, place = heads[0]
+        requests, batch_ns = behind.streams[number].batch(deadline_ns - REPLY_RESERVE_NS - free[0])
         if not requests:
             return Shortage(free[0] + batch_ns - deadline_ns + REPLY_RESERVE_NS)
         heapreplace(free, free[0] + batch_ns)
-        stream.place += requests
-        tested[key] += requests
-        next_ns = stream.head_deadline_ns(behind.gone)
-        if next_ns is None:
-            streams.pop(0)
+        left[number] -= requests
+        head = _head(behind, number, place + requests)
+        if head is None:
+            heappop(heads)
         else:
-            streams[0] = next_ns, stream.place, key, stream
-            streams.sort(key=_by_deadline)
-    return _as_fluid(behind, moment, free_ns, free, tested)
+            heapreplace(heads, head)
+    return _as_fluid(behind, moment, free_ns, free, left)
 
 
-def _streams(behind: Behind) -> list[tuple[int, int, tuple[int, int], _Stream]]:
-    """Every class that has somebody left, by the deadline of its next request; ties by place and class."""
-    streams = []
-    for key in behind.left:
-        stream = _stream(behind.model, key)
-        deadline_ns = stream.head_deadline_ns(behind.gone) if stream is not None else None
-        if stream is not None and deadline_ns is not None:
-            streams.append((deadline_ns, stream.place, key, stream))
-    return sorted(streams, key=_by_deadline)
-
-
-def _by_deadline(head: tuple[int, int, tuple[int, int], _Stream]) -> tuple[int, int, tuple[int, int]]:
-    return head[:3]
-
-
-def _stream(model: ModelQueue, key: tuple[int, int]) -> _Stream | None:
-    allowed, step = key
-    waiting, variant = model.regular.classes[key], model.fastest(allowed)
-    if variant is None:
-        return None
-    most, full_ns = model.chunk(allowed, step, waiting)
-    return _Stream(model, variant, step, most, waiting.average, full_ns, waiting.entries)
+def _head(behind: Behind, number: int, place: int) -> tuple[int, int, int] | None:
+    """The next request of a class: its deadline, the class's number and its place there; None at the end."""
+    stream = behind.streams[number]
+    found = stream.next_place(place, behind.gone)
+    return None if found is None else (stream.entries[found][2].deadline_ns, number, found)
 
 
 def _rivals_heads(moment: Moment) -> list[tuple[int, int]]:
@@ -147,25 +136,20 @@ def _rivals_heads(moment: Moment) -> list[tuple[int, int]]:
     return heads
 
 
-def _as_fluid(
-    behind: Behind, moment: Moment, free_ns: int, free: Sequence[int], tested: dict[tuple[int, int], int]
-) -> Shortage:
+def _as_fluid(behind: Behind, moment: Moment, free_ns: int, free: Sequence[int], left: Sequence[int]) -> Shortage:
     """By how much what was not tested one by one, and what is to come while the batch runs, would be late."""
-    model = behind.model
     tail_ns = last_deadline_ns = 0
-    for key, count in behind.left.items():
-        if count > tested[key]:
-            waiting = model.regular.classes[key]
-            most, full_ns = model.chunk(*key, waiting)
-            tail_ns += -(-(count - tested[key]) // most) * full_ns
-            last_deadline_ns = max(last_deadline_ns, waiting.entries[-1][2].deadline_ns)
+    for stream, count in zip(behind.streams, left, strict=True):
+        if count > 0:
+            tail_ns += -(-count // stream.most) * stream.full_ns
+            last_deadline_ns = max(last_deadline_ns, stream.entries[-1][2].deadline_ns)
     if tail_ns and (late_ns := max(free) + tail_ns // len(free) - last_deadline_ns) > 0:
         return Shortage(late_ns)
-    arriving_ns = _arriving_ns(model, moment.now_ns, free_ns)
+    arriving_ns = _arriving_ns(behind.model, moment.now_ns, free_ns)
     if not arriving_ns:
         return Shortage(0)
     drained_ns = (sum(free) + tail_ns + arriving_ns) // len(free)
-    return Shortage(0, max(0, int(drained_ns - moment.now_ns - model.typical_budget_ns)))
+    return Shortage(0, max(0, int(drained_ns - moment.now_ns - behind.model.typical_budget_ns)))
 
 
 def _arriving_ns(model: ModelQueue, now_ns: int, free_ns: int) -> int:

@@ -57,7 +57,7 @@ def _choose(model: ModelQueue, anchor: Request, moment: Moment) -> Choice:
     tried = _Tried()
     responsive_ns = _responsive_ns(model, moment, slack_ns)
     for within_ns in (slack_ns,) if responsive_ns is None or responsive_ns > slack_ns else (responsive_ns, slack_ns):
-        for upgrades in (True, False):
+        for upgrades in (True, False) if _mixes(model, anchor) else (True,):
             choice = _safe(model, anchor, moment, _Limits(within_ns, upgrades), tried)
             if choice is not None:
                 return choice
@@ -72,6 +72,11 @@ def _responsive_ns(model: ModelQueue, moment: Moment, slack_ns: int) -> int | No
     laxity_ns -= REPLY_RESERVE_NS
     others_ns = min(moment.others_free_ns, default=None)
     return None if others_ns is not None and others_ns <= moment.now_ns + laxity_ns else laxity_ns
+
+
+def _mixes(model: ModelQueue, anchor: Request) -> bool:
+    """Whether anybody who might join the anchor could also run on a variant that the anchor may not."""
+    return any(allowed & ~anchor.allowed for allowed in model.regular.by_shape[anchor.queue_key[1]])
 
 
 class _Limits(NamedTuple):
