@@ -143,19 +143,22 @@ class Engine:
         """The executor's next batch, or how many ns to wait for calls before asking again; see `Work`."""
         run: Run | None = None
         wait_ns: int | None = None
-        with self._lock:
-            start_ns = self._clock()
-            ended = self._scheduler.tick(start_ns)
-            if executor is not None:
-                run, given_up = self._scheduler.decide(executor, start_ns)
-                ended += given_up
-            now_ns = self._clock()
-            if run is None:
-                event_ns = self._scheduler.next_event_ns(now_ns)
-                wait_ns = None if event_ns is None else max(0, event_ns - now_ns)
+        ended: list[End] = []
+        try:
+            with self._lock:
+                start_ns = self._clock()
+                ended += self._scheduler.tick(start_ns)
+                if executor is not None:
+                    run, given_up = self._scheduler.decide(executor, start_ns)
+                    ended += given_up
+                now_ns = self._clock()
+                if run is None:
+                    event_ns = self._scheduler.next_event_ns(now_ns)
+                    wait_ns = None if event_ns is None else max(0, event_ns - now_ns)
+        finally:  # what has ended has left its queue: whatever goes wrong, nobody else would tell its client
+            self._end_all(ended)
         if run is not None:
             self._tell(Decided(run.model.name, now_ns - start_ns))
-        self._end_all(ended)
         return run, wait_ns
 
     def handle(self, taken: Taken) -> None:

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from scheduling_models import MS, Arrival, ask, five_variants, queue_up, variant
+from scheduling_models import MS, Arrival, ask, five_variants, queue_up, slo, variant
 
 from server.errors import Infeasible, NotFound, Overloaded
 from server.scheduling.admission import Defaults, Load, refusal
@@ -296,3 +296,25 @@ def test_pinning_a_variant_that_cannot_run_here_says_why() -> None:
     model = ModelQueue(ModelKey("m", "1"), [variant("fp32", 0.94, 10, 1), amp])
     with pytest.raises(Infeasible, match="no bf16 here"):
         ask(model, Arrival(0, Slo(variant="amp")))
+
+
+def test_a_soft_floor_that_could_be_degraded_on_an_idle_server_is_overload_on_a_busy_one() -> None:
+    """Too slow for its floor even at rest, and in time below it: a busy server says come back, not never."""
+    model = ModelQueue(ModelKey("m", "1"), [variant("fp32", 0.9, 39, 1), variant("int8-static", 0.85, 9, 1)])
+    asked = slo(30, 0.9, OnInfeasible.DEGRADE, OnInfeasible.REJECT, hard=False)
+    idle, busy = Load(0, [0], 0, None), Load(0, [25 * MS], 0, None)
+    assert refusal(model, ask(model, Arrival(0, asked)), idle) is None
+    error = refusal(model, ask(model, Arrival(0, asked)), busy)
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_ns
+
+
+def test_what_an_idle_server_answers_is_never_called_infeasible() -> None:
+    """Behind one batch, a request that the learnt margin allows at rest is told to come back."""
+    model = ModelQueue(ModelKey("m", "1"), [variant("fp32", 0.9, 9, 1)])
+    for batch in range(300):
+        model.latency.observe(0, 1, 10 * MS, batch * 10 * MS)
+    model.latency.refresh(3000 * MS)
+    asked = ask(model, Arrival(3000 * MS, slo(11)))
+    assert refusal(model, asked, Load(3000 * MS, [3000 * MS], 0, None)) is None
+    assert isinstance(refusal(model, asked, Load(3000 * MS, [3005 * MS], 0, None)), Overloaded)

@@ -112,13 +112,22 @@ def test_what_a_stuck_executor_took_along_is_answered_by_the_others() -> None:
     assert {batch.executor for batch in world.batches[1:]} == {1}
 
 
-def test_a_pinned_request_still_gets_the_answer_of_a_stuck_executor() -> None:
-    """Nobody else may answer it, so it goes on waiting, and its answer counts when it comes."""
+def test_a_pinned_request_is_tried_on_another_executor_when_its_own_is_stuck() -> None:
+    """The executor is to blame and not the variant, so the pin is no reason to wait for it."""
     world = stuck_on(0, SECOND)
     number = world.arrive(Arrival(0, slo(600, variant=REFERENCE)))[0]
     world.run()
-    assert (world.outcome(number), world.ended[number].at_ns) == (Outcome.LATE, SECOND)
-    assert len(world.batches) == 1
+    assert (world.outcome(number), world.ended[number].variant) == (Outcome.OK, REFERENCE)
+    assert [batch.executor for batch in world.batches] == [0, 1]
+
+
+def test_who_waits_for_a_stuck_executor_in_vain_ends_at_the_deadline() -> None:
+    """Too late to be tried elsewhere, it is told when its time is over, and not when the executor comes back."""
+    for on_infeasible, ended in [((), (Outcome.EXPIRED, 255 * MS + 1)), ((OnInfeasible.LATE,), (Outcome.LATE, SECOND))]:
+        world = stuck_on(0, SECOND)
+        number = world.arrive(Arrival(0, slo(255, None, *on_infeasible, variant=REFERENCE)))[0]
+        world.run()
+        assert (world.outcome(number), world.ended[number].at_ns) == ended
 
 
 def test_a_stuck_executor_that_fails_after_all_ends_only_who_waited_for_it() -> None:
@@ -148,8 +157,8 @@ def test_the_answer_of_a_stuck_executor_ends_those_who_still_wait_to_be_tried_ag
 
 def test_who_waits_for_a_stuck_executor_fails_when_it_dies() -> None:
     """It was given up on first and reported dead later: whoever only it could answer is told so."""
-    scheduler, (request,), run = started(1, model_of(), Arrival(0, slo(600, variant=REFERENCE)))
-    given_up_ns = 251 * MS + 10 * run.predicted_ns
+    scheduler, (request,), _ = started(1, model_of(), Arrival(0, slo(260, variant=REFERENCE)))
+    given_up_ns = 251 * MS
     assert scheduler.tick(given_up_ns) == []
     ends = scheduler.lost(0, given_up_ns + MS, "incident")
     assert [(end.request, end.outcome) for end in ends] == [(request, Outcome.FAILED)]

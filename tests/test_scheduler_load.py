@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
-from scheduling_models import MS, Arrival, gamma_arrivals, model_of, slo
+from scheduling_models import MS, Arrival, gamma_arrivals, model_of, slo, variant
 from scheduling_world import World, noisy
 
 from server.scheduling.scheduler import Run
@@ -145,6 +146,38 @@ def test_a_batch_that_takes_ten_times_as_long_is_survived() -> None:
     outlier_ns = world.arrivals[300].at_ns
     assert len(late) < 120
     assert all(outlier_ns - 100 * MS < world.arrivals[number].at_ns < outlier_ns + 2 * SECOND for number in late)
+
+
+def test_a_short_slowdown_does_not_lock_an_idle_executor_out() -> None:
+    """Half a second at five times the latency: what is refused is not measured, and yet soon all are served again."""
+
+    def service(run: Run, profiled_ns: int) -> int:
+        return profiled_ns * (5 if 1000 * MS <= run.started_ns < 1500 * MS else 1)
+
+    world = World(model_of(variant("fp32", 0.9, 9, 1)), service=service)
+    world.arrive(*gamma_arrivals(2, 40, 1, 8.0, slo(60)))
+    world.run()
+    later = [number for number, arrival in enumerate(world.arrivals) if arrival.at_ns > 4 * SECOND]
+    assert sum(world.outcome(number) is Outcome.OK for number in later) > 0.98 * len(later)
+
+
+def test_patient_requests_of_one_model_leave_room_for_tight_ones_of_another() -> None:
+    """At low load, a model whose requests may wait long does not keep the executor from another's that may not."""
+    world = World(model_of(name="m"), model_of(name="n"))
+    world.arrive(*gamma_arrivals(1, 100, 1, 4.0, slo(300)))
+    tight = world.arrive(*[replace(each, model="n") for each in gamma_arrivals(2, 30, 1, 4.0, slo(30))])
+    world.run()
+    assert sum(world.outcome(number) is not Outcome.OK for number in tight) <= 2
+
+
+def test_a_variant_that_cannot_take_a_large_request_is_not_reckoned_with_for_it() -> None:
+    """Requests larger than the fastest variant was measured at drain on another; nobody is let in in vain."""
+    family = [variant("fp32", 0.9, 4, 1, sizes=(1, 8)), variant("amp", 0.9, 2, 0, sizes=(1,))]
+    world = World(model_of(*family))
+    world.arrive(*[Arrival(at * 5 * MS, slo(120), samples=8) for at in range(200)])
+    world.run()
+    assert world.outcomes()["expired"] + world.outcomes()["late"] <= 2
+    assert world.outcomes()["ok"] > 60
 
 
 def test_saturation_rises_from_idle_to_full() -> None:

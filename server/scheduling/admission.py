@@ -191,9 +191,11 @@ def refusal(model: ModelQueue, request: Request, load: Load) -> ServingError | N
             return error
         if action is OnInfeasible.DEGRADE and request.fallback:
             wider |= request.fallback
-            if why_not(model, request, wider, load) is None:
+            still = why_not(model, request, wider, load)
+            if still is None:
                 request.allowed, request.late = wider, False
                 return None
+            error = still if isinstance(still, Overloaded) else error  # on an idle server it would be answered
         if action is OnInfeasible.LATE:  # late at the floor it asked for, if any variant reaches it at all
             allowed = request.allowed if model.fitting(request.allowed, request.samples) else wider
             if model.fitting(allowed, request.samples):
@@ -215,7 +217,9 @@ def why_not(model: ModelQueue, request: Request, allowed: int, load: Load) -> Se
     if finish_ns is None or finish_ns <= request.deadline_ns:
         return None
     budget_ns = request.deadline_ns - request.arrival_ns
-    if min(model.latency.idle_ns(v, samples, step) for v in fitting) + REPLY_RESERVE_NS > budget_ns:
+    at_rest_ns = min(model.latency.idle_ns(v, samples, step) for v in fitting)
+    learnt_ns = min(model.latency.full_speed_ns(v, samples, step) for v in fitting)
+    if min(at_rest_ns, learnt_ns) + REPLY_RESERVE_NS > budget_ns:
         idle_ms = min(_achievable_ms(model, v, samples, step) for v in fitting)
         return Infeasible(
             f"{name} cannot meet {budget_ns / 1e6:.2f} ms with the variants that this request allows, even when idle: "

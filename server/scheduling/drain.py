@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from server.scheduling.deadline_queue import Entry
 from server.scheduling.latency import LatencyModel
-from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
+from server.scheduling.model_queue import REPLY_RESERVE_NS, Chunk, ModelQueue
 from server.scheduling.policy import Moment
 from server.scheduling.slo import Request
 
@@ -30,11 +30,8 @@ class _Stream:
     entries: Sequence[Entry]
     left: int
     """Requests that were not taken."""
-    variant: int
     step: int
-    most: int
-    """Requests that a full batch takes."""
-    full_ns: int
+    full: Chunk
     average: int
     """Samples of an average request."""
 
@@ -49,10 +46,11 @@ class _Stream:
 
     def batch(self, slack_ns: int) -> tuple[int, int]:
         """The largest batch within the slack: its requests and its time. Without any, the time that one needs."""
-        if self.full_ns <= slack_ns:
-            return self.most, self.full_ns
-        requests = self.latency.largest_crowded(self.variant, slack_ns, self.step) // self.average
-        return requests, self.latency.crowded_ns(self.variant, max(requests, 1) * self.average, self.step)
+        variant, requests, _, full_ns = self.full
+        if full_ns <= slack_ns:
+            return requests, full_ns
+        requests = self.latency.largest_crowded(variant, slack_ns, self.step) // self.average
+        return requests, self.latency.crowded_ns(variant, max(requests, 1) * self.average, self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +67,10 @@ def left_behind(model: ModelQueue, taken: Sequence[Request] = ()) -> Behind:
     taken_from = Counter((request.allowed, request.step) for request in taken)
     streams = []
     for key, waiting in model.regular.classes.items():
-        left, variant = len(waiting) - taken_from[key], model.fastest(key[0])
-        if left and variant is not None:
-            most, full_ns = model.chunk(*key, waiting)
-            streams.append(
-                _Stream(model.latency, waiting.entries, left, variant, key[1], most, full_ns, waiting.average)
-            )
+        left = len(waiting) - taken_from[key]
+        chunk = model.chunk(*key, waiting) if left else None
+        if chunk is not None:
+            streams.append(_Stream(model.latency, waiting.entries, left, key[1], chunk, waiting.average))
     return Behind(model, set(taken), streams)
 
 
@@ -141,7 +137,7 @@ def _as_fluid(behind: Behind, moment: Moment, free_ns: int, free: Sequence[int],
     tail_ns = last_deadline_ns = 0
     for stream, count in zip(behind.streams, left, strict=True):
         if count > 0:
-            tail_ns += -(-count // stream.most) * stream.full_ns
+            tail_ns += -(-count // stream.full.requests) * stream.full.batch_ns
             last_deadline_ns = max(last_deadline_ns, stream.entries[-1][2].deadline_ns)
     if tail_ns and (late_ns := max(free) + tail_ns // len(free) - last_deadline_ns) > 0:
         return Shortage(late_ns)

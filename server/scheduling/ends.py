@@ -25,6 +25,8 @@ class End:
 def give_up(model: ModelQueue, request: Request, now_ns: int, late_room: int | None) -> End | None:
     """A waiting request became hopeless: widen it, make it late, or end it, as it asked."""
     model.remove(request)
+    if model.fitting(request.allowed, request.samples):
+        model.missed(request)
     for action in request.on_infeasible:
         if action is OnInfeasible.REJECT:
             break
@@ -45,10 +47,15 @@ def give_up(model: ModelQueue, request: Request, now_ns: int, late_room: int | N
     return End(request, Outcome.EXPIRED, error)
 
 
-def second_chance(model: ModelQueue, request: Request, run: Run, now_ns: int) -> int:
-    """The variants on which a request of a failed batch may be tried again; none where that makes no sense."""
-    allowed = request.allowed & model.open_to(request)
-    remaining = allowed & ~(1 << run.place) or (allowed if len(run.requests) > 1 else 0)
+def second_chance(model: ModelQueue, request: Request, run: Run, now_ns: int, *, blames_variant: bool) -> int:
+    """The variants on which a request of a failed batch may be tried again; none where that makes no sense.
+
+    Where the variant is to blame, another is taken; where there is none, only a request with batch-mates is tried on
+    the same: one of them may have poisoned the batch. Where the executor is to blame, any will do.
+    """
+    remaining = allowed = request.allowed & model.open_to(request)
+    if blames_variant:
+        remaining = allowed & ~(1 << run.place) or (allowed if len(run.requests) > 1 else 0)
     quickest_ns = model.quickest_ns(remaining, request.samples, request.step)
     latest_ns = request.deadline_ns - REPLY_RESERVE_NS
     hopeless = quickest_ns is None or (now_ns + quickest_ns > latest_ns and not request.late)

@@ -84,6 +84,8 @@ def _ask(model: ModelQueue, slo: Slo, defaults: Defaults, load: Load, policy: Po
         )
     except Infeasible as error:
         return _Answer(None, str(error), {}, {})
+    usual = _usual(model)
+    request.step = 0 if usual is None else usual.step
     refused = refusal(model, request, load) if policy.admits else None
     if refused is not None:
         return _Answer(None, str(refused), {}, {})
@@ -96,8 +98,14 @@ def _ask(model: ModelQueue, slo: Slo, defaults: Defaults, load: Load, policy: Po
 
 def _usual_shape(model: ModelQueue) -> Hashable:
     """The shape of most of what waits: the question is about a request like the others, which may share a batch."""
-    waiting = max(model.queues.items(), key=lambda item: item[1].samples, default=None)
-    return waiting[1].first().shape if waiting and not waiting[1].first().solo else _ANY_SHAPE
+    usual = _usual(model)
+    return _ANY_SHAPE if usual is None else usual.shape
+
+
+def _usual(model: ModelQueue) -> Request | None:
+    """One of those whose shape most of what waits has; None where nobody waits, or the first is to run alone."""
+    waiting = max(model.queues.values(), key=lambda queue: queue.samples, default=None)
+    return None if waiting is None or waiting.first().solo else waiting.first()
 
 
 def _rehearsed(rehearsal: _Rehearsal, request: Request) -> _Answer:

@@ -24,14 +24,14 @@ class ArrivalForecast:
 
     def __init__(self) -> None:
         self._bucket = 0
-        self._count = 0
-        self._earlier = 0
+        self._count = 0.0
+        self._earlier = 0.0
         self._mean = 0.0
         self._variance = 0.0
         self.spread = Learnt(1.0, least=1.0, most=16.0, step=0.25, rate=_MISS_RATE)
         """Standard deviations added to the mean; a mistake is a request that missed, be it refused or expired."""
 
-    def arrived(self, samples: int, now_ns: int) -> None:
+    def arrived(self, samples: float, now_ns: int) -> None:
         """Count an arrival."""
         self._roll(now_ns)
         self._earlier = self._count  # the newest arrival is the one being decided on: alone it is no sign of more
@@ -60,10 +60,10 @@ class ArrivalForecast:
         self._bucket = bucket
         if elapsed > _FORGET_AFTER:
             self._mean = self._variance = 0.0
-            self._count = self._earlier = 0
+            self._count = self._earlier = 0.0
             return
         for _ in range(elapsed):
             deviation = self._count - self._mean
             self._mean += _GAIN * deviation
             self._variance += _GAIN * (deviation * deviation - self._variance)
-            self._count = self._earlier = 0
+            self._count = self._earlier = 0.0

@@ -7,6 +7,7 @@ leads unless another variant is proven better. Sets of variants are bit sets ove
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from server.scheduling.deadline_queue import DeadlineList, DeadlineQueue
 from server.scheduling.forecast import ArrivalForecast
@@ -24,6 +25,17 @@ _BUDGET_HALF_LIFE_NS = 500_000_000  # so that a burst's deadlines are forgotten 
 
 _Kind = tuple[int, int, int, bool]
 """What decides how fast a request can be: floor class, samples, step of length, and whether it is late."""
+_Urgency = tuple[int, int, Request]
+"""When a request becomes hopeless, its number, and itself."""
+
+
+class Chunk(NamedTuple):
+    """A batch of a class that drains: the variant, how many requests and samples, and its time in a crowd."""
+
+    variant: int
+    requests: int
+    samples: int
+    batch_ns: int
 
 
 def rank(variants: Iterable[Variant]) -> list[Variant]:
@@ -68,7 +80,10 @@ class ModelQueue:
         """The variants that satisfy a floor (least accuracy, largest drop), as far as somebody asked."""
         self._budget_ns = 0  # when the typical budget was last updated
         self._by_deadline: dict[_Kind, DeadlineList] = {}
-        self._fastest: dict[int, int] = {}
+        self._urgent: dict[_Kind, _Urgency] = {}
+        self._stale: set[_Kind] = set()
+        self._urgent_for: object = None
+        self._fastest: dict[tuple[int, int], int | None] = {}
         self._fitting: dict[tuple[int, int], tuple[int, ...]] = {}
         self._quickest: dict[tuple[int, int, int, int], int | None] = {}
         self._quickest_version = 0
@@ -112,37 +127,47 @@ class ModelQueue:
     def add(self, request: Request) -> None:
         """Queue a request in its class."""
         (self.late if request.late else self.regular).add(request)
-        self._by_deadline.setdefault(_kind(request), DeadlineList()).add(request)
+        kind = _kind(request)
+        self._by_deadline.setdefault(kind, DeadlineList()).add(request)
+        self._stale.add(kind)
 
     def remove(self, request: Request) -> None:
         """Take a waiting request out."""
         (self.late if request.late else self.regular).remove(request)
         kind = _kind(request)
         self._by_deadline[kind].discard(request)
+        self._stale.add(kind)
         if not self._by_deadline[kind]:
             del self._by_deadline[kind]
 
-    def note_arrival(self, samples: int, budget_ns: int, now_ns: int) -> None:
-        """Feed the forecast, and the geometric mean of the time requests allow, which few patient ones hardly move."""
-        self.forecast.arrived(samples, now_ns)
+    def note_arrival(self, samples: int, budget_ns: int, now_ns: int, step: int = 0) -> None:
+        """Feed the forecast, and the geometric mean of the time requests allow, which few patient ones hardly move.
+
+        A long input counts as as many short ones as take its time.
+        """
+        fastest = self.fastest(self.eligible) if step else None
+        weight = 1.0
+        if fastest is not None:
+            weight = self.latency.profiled_ns(fastest, 1, step) / self.latency.profiled_ns(fastest, 1)
+        self.forecast.arrived(samples * weight, now_ns)
         gain = max(_BUDGET_GAIN, 1.0 - 0.5 ** ((now_ns - self._budget_ns) / _BUDGET_HALF_LIFE_NS))
         typical_ns = self.typical_budget_ns or float(budget_ns)
         self.typical_budget_ns = typical_ns * (budget_ns / typical_ns) ** gain
         self._budget_ns = now_ns
 
     def missed(self, request: Request) -> None:
-        """A request could not be in time; one that allowed much less than usual would have missed anyhow."""
-        if 2 * (request.deadline_ns - request.arrival_ns) >= self.typical_budget_ns:
+        """A request could not be in time, told once; one that allowed much less than usual would have missed anyhow."""
+        if not request.missed and 2 * (request.deadline_ns - request.arrival_ns) >= self.typical_budget_ns:
             self.forecast.spread.judged(mistake=True)
+        request.missed = True
 
-    def fastest(self, allowed: int) -> int | None:
-        """The usable variant of a set with the highest throughput, or None when the set has none left."""
-        allowed &= self.usable
-        if not allowed:
-            return None
-        if allowed not in self._fastest:
-            self._fastest[allowed] = min(bits(allowed), key=lambda v: (self._cost_per_sample(v), v))
-        return self._fastest[allowed]
+    def fastest(self, allowed: int, samples: int = 1) -> int | None:
+        """The usable variant of a set with the highest throughput that can run so many samples; None if none can."""
+        key = allowed & self.usable, samples
+        if key not in self._fastest:
+            fitting = self.fitting(*key)
+            self._fastest[key] = min(fitting, key=lambda v: (self._cost_per_sample(v), v)) if fitting else None
+        return self._fastest[key]
 
     def quickest_ns(self, allowed: int, samples: int, step: int = 0) -> int | None:
         """The least time in which any usable variant of the set is predicted to run this many samples here."""
@@ -171,22 +196,22 @@ class ModelQueue:
             return 1
         return max(1, self.latency.largest_crowded(variant, int(self.typical_budget_ns / 2)))
 
-    def chunk(self, allowed: int, step: int, waiting: FloorClass) -> tuple[int, int]:
-        """How a class drains on its fastest variant: how many requests at a time, and for how long each time.
+    def chunk(self, allowed: int, step: int, waiting: FloorClass) -> Chunk | None:
+        """How a class drains on its fastest variant; None where it has none left.
 
         A batch is of one shape, so it is no larger than what waits of an average one.
         """
-        fastest = self.fastest(allowed)
-        if fastest is None:
-            return 1, 0
         average = waiting.average
+        fastest = self.fastest(allowed, average)
+        if fastest is None:
+            return None
         samples = max(average, min(self.throughput_batch(fastest), waiting.samples // waiting.shapes))
         samples = min(samples, self.latency.max_batch_size(fastest))
-        return max(1, samples // average), self.latency.crowded_ns(fastest, samples, step)
+        return Chunk(fastest, samples // average, samples, self.latency.crowded_ns(fastest, samples, step))
 
-    def backlog_ns(self, order_ns: int | None = None) -> int:
-        """Executor time of the work that waits, or of that part which is ahead of a newcomer with this order."""
-        return self._drain_ns(self.regular, order_ns)
+    def backlog_ns(self) -> int:
+        """Executor time of the work that waits."""
+        return self._drain_ns(self.regular)
 
     def ahead_ns(self, request: Request, own: int) -> tuple[int, int]:
         """Executor time that the work ahead of a newcomer is expected to take, and that of the batch it runs in itself.
@@ -197,27 +222,24 @@ class ModelQueue:
         """
         ahead_ns = own_ns = 0
         for (allowed, step), floor_class in self.regular.classes.items():
-            requests, batch_ns = self.chunk(allowed, step, floor_class)
             ahead = floor_class.ahead_of(request.order_ns)
-            fastest = self.fastest(allowed) if ahead else None
-            if fastest is not None:
-                samples = min(self.latency.max_batch_size(fastest), requests * floor_class.average)
-                ahead_ns += self.latency.expected_ns(fastest, samples, step) * ahead // requests
-                if ahead >= requests and (allowed, step) == (own, request.step):
-                    own_ns = batch_ns
+            chunk = self.chunk(allowed, step, floor_class) if ahead else None
+            if chunk is not None:
+                ahead_ns += self.latency.expected_ns(chunk.variant, chunk.samples, step) * ahead // chunk.requests
+                if ahead >= chunk.requests and (allowed, step) == (own, request.step):
+                    own_ns = chunk.batch_ns
         return ahead_ns, own_ns
 
     def late_backlog_ns(self) -> int:
         """Executor time of the late work that waits."""
-        return self._drain_ns(self.late, None)
+        return self._drain_ns(self.late)
 
-    def _drain_ns(self, waiting: Waiting, order_ns: int | None) -> int:
+    def _drain_ns(self, waiting: Waiting) -> int:
         total_ns = 0
         for (allowed, step), floor_class in waiting.classes.items():
-            ahead = len(floor_class) if order_ns is None else floor_class.ahead_of(order_ns)
-            if ahead:
-                requests, chunk_ns = self.chunk(allowed, step, floor_class)
-                total_ns += -(-ahead // requests) * chunk_ns
+            chunk = self.chunk(allowed, step, floor_class)
+            if chunk is not None:
+                total_ns += -(-len(floor_class) // chunk.requests) * chunk.batch_ns
         return total_ns
 
     def most_urgent(self, now_ns: int) -> Request | None:
@@ -225,39 +247,56 @@ class ModelQueue:
 
         Laxity is the time left beyond the fastest run. On a slower executor than the best, some may be out of reach.
         """
-        anchor, least = None, (0, 0)
-        for (allowed, samples, step, late), waiting in self._by_deadline.items():
-            quickest_ns = None if late else self.quickest_ns(allowed, samples, step)
-            if quickest_ns is None:
-                continue
-            needed_ns = REPLY_RESERVE_NS + quickest_ns
-            request = waiting.soonest(now_ns + needed_ns)
-            if request is not None and (anchor is None or (request.deadline_ns - needed_ns, request.number) < least):
-                anchor, least = request, (request.deadline_ns - needed_ns, request.number)
-        return anchor
+        least: _Urgency | None = None
+        for (allowed, samples, step, _), urgency in self._urgencies().items():
+            if urgency[0] < now_ns:
+                quickest_ns = self.quickest_ns(allowed, samples, step)
+                if quickest_ns is None:
+                    continue
+                needed_ns = REPLY_RESERVE_NS + quickest_ns
+                later = self._by_deadline[allowed, samples, step, False].soonest(now_ns + needed_ns)
+                if later is None:
+                    continue
+                urgency = later.deadline_ns - needed_ns, later.number, later  # noqa: PLW2901 - the first in reach
+            if least is None or urgency < least:
+                least = urgency
+        return None if least is None else least[2]
 
     def soonest_hopeless_ns(self) -> int | None:
         """The instant after which the first waiting request is hopeless unless it has started; None if none waits."""
-        return min(self._urgent(), default=(None,))[0]
+        return min(self._urgencies().values(), default=(None,))[0]
 
     def hopeless(self, now_ns: int) -> list[Request]:
         """Waiting requests that could not finish in time even if they started now, the most hopeless first.
 
         Only the first of each kind is looked at; the caller takes it out and asks again.
         """
-        return [request for instant_ns, _, request in sorted(self._urgent()) if instant_ns < now_ns]
+        return [urgency[2] for urgency in sorted(u for u in self._urgencies().values() if u[0] < now_ns)]
 
-    def _urgent(self) -> Iterator[tuple[int, int, Request]]:
-        """Of each kind the request that becomes hopeless first, after when; late work can wait for ever."""
-        for (allowed, samples, step, late), waiting in self._by_deadline.items():
-            request = waiting.soonest()
-            if request is None:
-                raise AssertionError("an empty kind was kept. This is a bug.")
-            quickest_ns = self.quickest_ns(allowed, samples, step)
-            if quickest_ns is None:  # every variant it may run on went while it waited
-                yield -1, request.number, request
-            elif not late:
-                yield request.deadline_ns - REPLY_RESERVE_NS - quickest_ns, request.number, request
+    def _urgencies(self) -> Mapping[_Kind, _Urgency]:
+        """Of each kind the request that becomes hopeless first, and when; only what has changed is looked at again.
+
+        Late work can wait for ever; whoever may run on nothing any more is hopeless at once.
+        """
+        circumstances = self.latency.version, self.latency.here, self.usable
+        if circumstances != self._urgent_for:
+            self._urgent_for = circumstances
+            self._urgent.clear()
+            self._stale.update(self._by_deadline)
+        for kind in self._stale:
+            self._urgent.pop(kind, None)
+            waiting = self._by_deadline.get(kind)
+            request = waiting.soonest() if waiting is not None else None
+            if request is not None:
+                allowed, samples, step, late = kind
+                quickest_ns = self.quickest_ns(allowed, samples, step)
+                if quickest_ns is None:
+                    self._urgent[kind] = -1, request.number, request
+                elif not late:
+                    instant_ns = request.deadline_ns - REPLY_RESERVE_NS - quickest_ns
+                    self._urgent[kind] = instant_ns, request.number, request
+        self._stale.clear()
+        return self._urgent
 
     def _cost_per_sample(self, variant: int) -> float:
         size = self.latency.max_batch_size(variant) if self.variants[variant].batchable else 1

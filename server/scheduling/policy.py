@@ -52,13 +52,14 @@ class Moment:
     """The idle executor that asks, and how the others stand.
 
     `others_free_ns` holds, for every other working executor, the instant from now on at which it is expected to be
-    free; `rivals` are the other models that have work waiting.
+    free; `others` are all other models, `rivals` those with work waiting that have had no more executor time.
     """
 
     now_ns: int
     executor: int
     others_free_ns: Sequence[int] = ()
     rivals: Sequence[ModelQueue] = ()
+    others: Sequence[ModelQueue] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,11 +97,11 @@ class Scheduler:
         ended = self.tick(now_ns)
         model = self.models[request.model]
         error = self._refusal(model, request, now_ns)
-        if not request.late and (error is None or isinstance(error, Overloaded)):  # what can never be met is no traffic
-            model.note_arrival(request.samples, max(request.deadline_ns - request.arrival_ns, 1), now_ns)
+        is_possible = error is None or (isinstance(error, Overloaded) and request.size_bytes <= self._max_bytes)
+        if is_possible and not request.late:  # what can never be met is no traffic
+            budget_ns = max(request.deadline_ns - request.arrival_ns, 1)
+            model.note_arrival(request.samples, budget_ns, now_ns, request.step)
         if error is not None:
-            if isinstance(error, Overloaded):
-                model.missed(request)
             return [*ended, End(request, _REFUSALS[type(error)], error)]
         if not request.late:
             model.forecast.spread.judged(mistake=False)
@@ -116,12 +116,16 @@ class Scheduler:
         if request.size_bytes > self._max_bytes:
             return Overloaded(f"more bytes than may ever wait here ({self._max_bytes})", None)
         if model.waiting >= self._max_requests or model.waiting_bytes + request.size_bytes > self._max_bytes:
-            return Overloaded("the queue is full", admission.QUEUE_FULL_RETRY_NS)
+            drained_ns = model.backlog_ns() // len(self.pool)
+            return Overloaded("the queue is full", max(drained_ns, admission.QUEUE_FULL_RETRY_NS))
         if request.deadline_ns <= request.arrival_ns and OnInfeasible.LATE not in request.on_infeasible:
             return DeadlineMissed("the deadline had passed on arrival")
         load = self.load(model, now_ns)
         if self._policies[model.key].admits:
-            return admission.refusal(model, request, load)
+            error = admission.refusal(model, request, load)
+            if isinstance(error, Overloaded) and not request.late:
+                model.missed(request)
+            return error
         error = admission.why_not(model, request, request.allowed, load)
         return error if isinstance(error, Infeasible) else None
 
@@ -148,8 +152,9 @@ class Scheduler:
                 return self._run(executor, model, choice, here, now_ns), ended
             if not model.queues or self._holds_back(model, now_ns):
                 continue
-            rivals = [other for other in waiting if other is not model and other.served_ns <= model.served_ns]
-            moment = Moment(now_ns, executor, others_free_ns, [rival for rival in rivals if rival.queues])
+            others = [other for other in self.models.values() if other is not model]
+            rivals = [other for other in others if other.queues and other.served_ns <= model.served_ns]
+            moment = Moment(now_ns, executor, others_free_ns, rivals, others)
             if now_ns >= self._late_again_ns and (aged := aged_late_batch(model, waiting, moment)):
                 self._late_again_ns = now_ns + LATE_PAUSE * aged[1].predicted_ns
                 return self._run(executor, *aged, here, now_ns), ended
@@ -199,7 +204,7 @@ class Scheduler:
         one of them may have poisoned the batch.
         """
         if self.pool.end(run, now_ns):
-            return self._try_again(run.requests, run, now_ns, incident)
+            return self._try_again(run, now_ns, incident, blames_variant=True)
         return self._end_hoped(run.executor, incident)
 
     def lost(self, executor: int, now_ns: int, incident: str) -> list[End]:
@@ -207,7 +212,7 @@ class Scheduler:
         run = self.pool.lose(executor)
         if run is None:  # it was idle, or had been given up on
             return self._end_hoped(executor, incident)
-        return self._try_again(run.requests, run, now_ns, incident)
+        return self._try_again(run, now_ns, incident, blames_variant=False)
 
     def _end_hoped(self, executor: int, incident: str) -> list[End]:
         hoped = self._hoped.pop(executor, ())
@@ -217,12 +222,12 @@ class Scheduler:
         """A lost executor is back."""
         self.pool.regain(executor)
 
-    def _try_again(self, requests: Iterable[Request], run: Run, now_ns: int, incident: str) -> list[End]:
+    def _try_again(self, run: Run, now_ns: int, incident: str, *, blames_variant: bool) -> list[End]:
         model = self.models[run.model]
         model.latency.refresh(now_ns, *self.pool.spots(now_ns))
         ended = []
-        for request in requests:
-            remaining = second_chance(model, request, run, now_ns)
+        for request in run.requests:
+            remaining = second_chance(model, request, run, now_ns, blames_variant=blames_variant)
             if remaining:
                 request.allowed, request.solo, request.retried = remaining, True, True
                 model.add(request)
@@ -233,11 +238,21 @@ class Scheduler:
     def tick(self, now_ns: int) -> list[End]:
         """Take out what can no longer finish in time, as each request asked for that case."""
         self._give_up_overdue(now_ns)
-        ended = []
+        ended = self._expire_hoped(now_ns)
         self._refresh(now_ns, *self.pool.spots(now_ns))
         for model in self.models.values():
             while hopeless := model.hopeless(now_ns):
                 ended += self._give_up(model, hopeless, now_ns)
+        return ended
+
+    def _expire_hoped(self, now_ns: int) -> list[End]:
+        """Who waits for a stuck executor in vain ends at the deadline, unless a late answer will do."""
+        ended = []
+        for requests in self._hoped.values():
+            for request in [each for each in requests if _is_expiring(each) and now_ns > each.deadline_ns]:
+                requests.remove(request)
+                error = DeadlineMissed("the executor that ran it did not come back in time")
+                ended.append(End(request, Outcome.EXPIRED, error))
         return ended
 
     def _give_up_overdue(self, now_ns: int) -> None:
@@ -245,13 +260,18 @@ class Scheduler:
         for executor in self.pool.overdue(now_ns):
             run = self.pool.lose(executor)
             if run is not None:
-                self._hoped[executor] = [end.request for end in self._try_again(run.requests, run, now_ns, "")]
+                left = self._try_again(run, now_ns, "", blames_variant=False)
+                self._hoped[executor] = [end.request for end in left]
 
     def next_event_ns(self, now_ns: int) -> int | None:
         """When to call `tick` and `decide` again even if nothing happens; None when there will be nothing to do."""
         self._refresh(now_ns, *self.pool.spots(now_ns))
         hopeless_ns = [model.soonest_hopeless_ns() for model in self.models.values()]
-        instants = [instant + 1 for instant in (*hopeless_ns, self.pool.soonest_loss_ns()) if instant is not None]
+        hoped_ns = [
+            request.deadline_ns for requests in self._hoped.values() for request in requests if _is_expiring(request)
+        ]
+        soonest = (*hopeless_ns, *hoped_ns, self.pool.soonest_loss_ns())
+        instants = [instant + 1 for instant in soonest if instant is not None]
         if self.pool.idle:
             asks_ns = [self._asks_again_ns(model, now_ns) for model in self.models.values() if model.queues]
             instants += [instant for instant in asks_ns if instant is not None]
@@ -314,10 +334,7 @@ class Scheduler:
         return run
 
     def _give_up(self, model: ModelQueue, requests: Iterable[Request], now_ns: int) -> list[End]:
-        ends = []
-        for request in requests:
-            model.missed(request)
-            ends.append(give_up(model, request, now_ns, self._late_room(model)))
+        ends = [give_up(model, request, now_ns, self._late_room(model)) for request in requests]
         return [end for end in ends if end is not None]
 
     def _late_room(self, model: ModelQueue) -> int | None:
@@ -331,6 +348,11 @@ class Scheduler:
     def _holds_back(self, model: ModelQueue, now_ns: int) -> bool:
         until_ns = held_until_ns(model, now_ns)
         return until_ns is not None and now_ns < until_ns
+
+
+def _is_expiring(request: Request) -> bool:
+    """Whether an answer after the deadline is of no use."""
+    return not request.late and OnInfeasible.LATE not in request.on_infeasible
 
 
 _REFUSALS: dict[type[ServingError], Outcome] = {

@@ -88,6 +88,8 @@ class Request:
     step: int = 0
     """The step of its input's length, where that varies; see `latency`."""
     late: bool = False
+    missed: bool = False
+    """The forecast was told that it could not be in time."""
     solo: bool = False
     retried: bool = False
     """A variant failed this request already; it is tried once more, alone."""

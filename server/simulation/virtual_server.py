@@ -60,6 +60,7 @@ class VirtualServer:
         self._asked_ns: int | None = None
         self._settled_again = 0
         self._current: dict[int, Run] = {}
+        self._back_ns: dict[int, int] = {}
 
     def at(self, instant_ns: int, action: Callable[[], None]) -> None:
         """Plan an action; ties run in the order in which they were planned."""
@@ -75,6 +76,7 @@ class VirtualServer:
         self._current.pop(executor, None)
         self.idle.discard(executor)
         self.on_ended(self.scheduler.lost(executor, self.now_ns, "the executor died"))
+        self._back_ns[executor] = max(self._back_ns.get(executor, 0), self.now_ns + for_ns)
         self.at(self.now_ns + for_ns, lambda: self._regained(executor))
 
     def run(self, until_ns: int | None = None) -> Self:
@@ -133,8 +135,9 @@ class VirtualServer:
             self.on_answered(run, self.scheduler.finished(run, self.now_ns, taken_ns))
 
     def _regained(self, executor: int) -> None:
-        self.idle.add(executor)
-        self.scheduler.regained(executor)
+        if self.now_ns >= self._back_ns[executor]:  # else it was lost again meanwhile, for longer
+            self.idle.add(executor)
+            self.scheduler.regained(executor)
 
     def on_started(self, run: Run) -> None:
         """A batch starts now."""

@@ -1,14 +1,15 @@
 """Policies by name: FitDrain, and the published ones that it is compared with, all behind the same interface.
 
 `fixed-amp` serves everything with amp, `fixed-fastest` with whatever is fastest; `+ed` adds early drop (see `batches`)
-to a published policy.
+to a published policy. `check_policy` says whether a model has what the name asks for: decisions never raise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from server.scheduling.policies.batches import Baseline, Rule
+from server.scheduling.model_queue import ModelQueue
+from server.scheduling.policies.batches import FASTEST, Baseline, Rule
 from server.scheduling.policies.clipper import Clipper
 from server.scheduling.policies.clockwork import Clockwork
 from server.scheduling.policies.fitdrain import FitDrain
@@ -20,6 +21,7 @@ from server.scheduling.policies.nexus import Nexus
 from server.scheduling.policies.proteus import Proteus
 from server.scheduling.policies.slackfit import SlackFit
 from server.scheduling.policy import Policy
+from variants.variant import State
 
 PolicyFactory = Callable[[], Policy]
 
@@ -37,9 +39,10 @@ _RULES: dict[str, Callable[[], Rule]] = {
 }
 _PERIODS_MS = {"proteus-10s": 10_000, "proteus-1s": 1000}
 _ONE_VARIANT: dict[str, Callable[[str], Rule]] = {"fixed": Fixed, "clipper": Clipper, "nexus": Nexus}
+_OF_ONE_VARIANT = (*_ONE_VARIANT, "clockwork")
 _NAMES = [
     "fitdrain",
-    *(f"{kind}-<variant or fastest>" for kind in (*_ONE_VARIANT, "clockwork")),
+    *(f"{kind}-<variant or fastest>" for kind in _OF_ONE_VARIANT),
     *_RULES,
     *_PERIODS_MS,
 ]
@@ -49,9 +52,8 @@ def policy_factory(name: str) -> PolicyFactory:
     """What makes a policy for each model. Raises ValueError that lists the names there are."""
     if name == "fitdrain":
         return FitDrain
-    published = name.removesuffix(_EARLY_DROP)
+    published, kind, variant = _parsed(name)
     early_drop = published != name
-    kind, _, variant = published.partition("-")
     if published in _RULES:
         return lambda: Baseline(_RULES[published](), early_drop=early_drop)
     if published in _PERIODS_MS:
@@ -63,3 +65,26 @@ def policy_factory(name: str) -> PolicyFactory:
     raise ValueError(
         f"there is no policy {name!r}; there are {', '.join(_NAMES)}, and all but fitdrain also with {_EARLY_DROP}"
     )
+
+
+def check_policy(name: str, model: ModelQueue) -> None:
+    """Check that a model can be served with a policy, whose name is one of those that there are.
+
+    Raises ValueError, for a person, where it serves everything with one variant and the model has none of that name
+    which takes traffic.
+    """
+    _, kind, variant = _parsed(name)
+    if kind not in _OF_ONE_VARIANT or variant == FASTEST or model.states.get(variant) is State.ELIGIBLE:
+        return
+    serving = ", ".join(each.name for each in model.variants if model.states[each.name] is State.ELIGIBLE) or "none"
+    why = f"which is {model.states[variant]}" if variant in model.states else "which is not there"
+    if variant in model.unmeasured:
+        why = "which cannot run here"
+    raise ValueError(f"{name} needs variant {variant!r} of {model.key.name}, {why}; those that take traffic: {serving}")
+
+
+def _parsed(name: str) -> tuple[str, str, str]:
+    """A name without early drop, its first word, and what follows that."""
+    published = name.removesuffix(_EARLY_DROP)
+    kind, _, rest = published.partition("-")
+    return published, kind, rest

@@ -191,13 +191,10 @@ def fastest_for(model: ModelQueue, head: Request) -> int | None:
 
 
 def place_of(model: ModelQueue, name: str) -> int | None:
-    """Where the variant of a service with only one stands; None when "fastest" finds none. ValueError if unknown."""
+    """Where the variant of a service with only one stands; None when there is none, or "fastest" finds none."""
     if name == FASTEST:
         return model.fastest(model.eligible)
-    names = [variant.name for variant in model.variants]
-    if name not in names:
-        raise ValueError(f"the policy names variant {name!r}; {model.key.name} has {', '.join(names)}")
-    return names.index(name)
+    return next((place for place, variant in enumerate(model.variants) if variant.name == name), None)
 
 
 def may_run(model: ModelQueue, variant: int, request: Request) -> bool:

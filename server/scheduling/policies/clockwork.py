@@ -47,10 +47,7 @@ class Clockwork:
         self._measured[run.place, run.requests[0].step, size].append((now_ns, compute_ns))
 
     def decide(self, model: ModelQueue, moment: Moment) -> Decision:
-        """The largest batch; those who would be in time in none are rejected.
-
-        Raises ValueError when the model has no variant of this name.
-        """
+        """The largest batch; those who would be in time in none are rejected."""
         variant = place_of(model, self._name)
         rejected: list[Request] = []
         for line in lines(model):

@@ -31,6 +31,7 @@ from server.scheduling.slo import Request
 
 _FILL = 0.85  # a variant that cannot take this share of the fitting batch is passed over for the next
 _GIVE_UP_MOST = 64  # urgent requests that overload may pass over
+_LOOKED_AT = 8  # so many times the batch size, in requests: who does not fit among these is not looked for further
 _GIVE_UP_PENALTY = 0.5
 
 
@@ -66,10 +67,14 @@ def _choose(model: ModelQueue, anchor: Request, moment: Moment) -> Choice:
 
 def _responsive_ns(model: ModelQueue, moment: Moment, slack_ns: int) -> int | None:
     """How long this executor may be busy without failing tight requests that come; None if another is free in time."""
-    laxity_ns = model.patience.laxity_ns(model.quickest_ns, moment.now_ns, slack_ns)
-    if laxity_ns is None:
+    laxities_ns = [
+        laxity
+        for each in (model, *moment.others)
+        if (laxity := each.patience.laxity_ns(each.quickest_ns, moment.now_ns, slack_ns)) is not None
+    ]
+    if not laxities_ns:
         return None
-    laxity_ns -= REPLY_RESERVE_NS
+    laxity_ns = min(laxities_ns) - REPLY_RESERVE_NS
     others_ns = min(moment.others_free_ns, default=None)
     return None if others_ns is not None and others_ns <= moment.now_ns + laxity_ns else laxity_ns
 
@@ -164,7 +169,7 @@ class _Fill:
 
     def __init__(self, anchor: Request, joiners: Joiners, size: int, finish_ns: int = 0) -> None:
         batch, samples = [anchor], anchor.samples
-        for _, _, request in merge(*(queue.entries for queue in joiners)):
+        for _, _, request in islice(merge(*(queue.entries for queue in joiners)), _LOOKED_AT * size):
             if samples >= size:
                 break
             if request is not anchor and samples + request.samples <= size and request.deadline_ns >= finish_ns:

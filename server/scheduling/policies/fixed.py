@@ -21,10 +21,7 @@ class Fixed(Rule):
         self._name = name
 
     def pick(self, head: Request, line: Line, moment: Moment) -> Pick | None:
-        """A batch on the one variant, unless not even the head would be in time.
-
-        Raises ValueError when the model has no variant of this name.
-        """
+        """A batch on the one variant, unless not even the head would be in time."""
         variant = place_of(line.model, self._name)
         if variant is None or not may_run(line.model, variant, head):
             return HOPELESS
