@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import ssl
-import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
 
 from prometheus_client import CollectorRegistry
 
-from server import logs
 from server.administration import Actions, Administration
 from server.device import why_not_cuda
 from server.endings import error_reply
@@ -29,7 +24,7 @@ from server.layout import choose_layout
 from server.loading import Host, for_clients, load_model
 from server.metrics import ExecutorHealth, Metrics, ModelLoad
 from server.models import Models, NotServed, ServedModel
-from server.scheduling.policies import policy_factory
+from server.scheduling.policies import check_policy, policy_factory
 from server.scheduling.scheduler import Scheduler
 from server.security import Authorizer
 from server.services import METHODS, ServerServices
@@ -50,8 +45,6 @@ log = logging.getLogger(__name__)
 _REASONS = ("best", "slack", "batch", "drain", "reserve", "pinned", "overload", "late", "retry", "policy")
 _GRACE_S = 1.0
 """What open rpcs get to end after the drain, and then the executors."""
-_SWITCH_INTERVAL_S = 0.0005
-"""How long a Python thread may hold on while another waits: an executor that returns must not wait 5 ms."""
 
 
 _NO_LOAD = ModelLoad(0, 0, 0, 0.0)
@@ -142,6 +135,7 @@ class Server:
         name = folder.path.name
         try:
             model = load_model(ModelFolder(folder.path), self.host)
+            self._check_policy(model)
         except RepositoryError as error:
             log.error("model %s cannot load: %s", name, error)
             reason = for_clients(str(error), folder)
@@ -157,6 +151,13 @@ class Server:
         if all(served.name != name for served in self.models.served()):
             self.models.drop(NotServed(name, "", "UNAVAILABLE", reason))
         return reason
+
+    def _check_policy(self, model: ServedModel) -> None:
+        """Raises RepositoryError for a model that the policy could not decide for."""
+        try:
+            check_policy(self.settings.policy, model.queue)
+        except ValueError as error:
+            raise RepositoryError(f"--policy {error}") from None
 
     def unload(self, name: str) -> None:
         """Stop serving a model at an operator's word. Raises NotFound or Unavailable where none serves."""
@@ -271,39 +272,6 @@ class Server:
             ),
             failed={entry.name: entry.reason for entry in self.models.not_served()},
         )
-
-
-def serve(settings: Settings) -> int:
-    """`gearshift serve`: run until a signal; returns the exit code."""
-    logs.set_up(settings.log_format, settings.log_level)
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    _on_signal(lambda: sys.exit(0))  # as long as there is nothing to drain
-    asked_to_stop: SimpleQueue[None] = SimpleQueue()  # the one way out of a signal handler that cannot deadlock
-    try:
-        server = Server(settings)
-        server.load_models()
-        _on_signal(lambda: asked_to_stop.put(None))
-        grpc_port, http_port = server.start()
-    except (StartError, RepositoryError) as error:
-        print(f"gearshift: {error}", file=sys.stderr)  # noqa: T201 - the promised one line
-        return 2
-    host = f"[{settings.host.strip('[]')}]" if ":" in settings.host else settings.host
-    scheme = "https" if settings.tls_cert else "http"
-    log.info("ready: gRPC on %s:%d, HTTP on %s://%s:%d", host, grpc_port, scheme, host, http_port)
-    asked_to_stop.get()
-    log.info("draining for at most %g s", settings.drain_seconds)
-    drained = server.stop()
-    log.info("drained" if drained else "stopped with unanswered work")
-    if threading.active_count() > 1:  # one that is inside a runtime cannot be ended, and a normal exit aborts under it
-        logging.shutdown()
-        os._exit(0)
-    return 0
-
-
-def _on_signal(act: Callable[[], object]) -> None:
-    """What SIGTERM and SIGINT do from now on."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: act())
 
 
 def share_cores(settings: Settings, hardware: Hardware) -> tuple[int, int]:

@@ -58,7 +58,7 @@ def _serve(chosen: argparse.Namespace) -> int:
     made = settings.load(vars(chosen))
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at its import; its own lines on stderr would break our log
 
-    from server.app import serve
+    from server.process import serve
 
     return serve(made)
 
@@ -193,6 +193,8 @@ def _add_simulate(simulate: argparse.ArgumentParser) -> None:
     simulate.add_argument(
         "--noise", type=float, default=0.05, metavar="D", help="deviation of log latency around the profile (0.05)"
     )
+    simulate.add_argument("--pause-rate", type=float, default=0.0, metavar="P", help="share of batches held up (0)")
+    simulate.add_argument("--pause-ms", type=float, default=20.0, metavar="X", help="for so long on average (20)")
     simulate.add_argument("--wake-ms", type=float, default=0.1, metavar="X", help="mean time to wake up (0.1)")
     simulate.add_argument(
         "--reply-ms", type=float, default=0.2, metavar="X", help="from a batch's end to clients (0.2)"

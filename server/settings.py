@@ -197,7 +197,8 @@ def _one_line(error: ValidationError, origins: Mapping[str, str]) -> str:
     if first["type"] == "missing":
         return f"{_flag(name)} is required: {Settings.model_fields[name].description}"
     hint = Settings.model_fields[name].description
-    return f"{origins.get(name, _flag(name))}: {first['msg']}, got {first['input']!r} ({hint})"
+    wrong = first["msg"].removeprefix("Value error, ")  # pydantic's words for what a check of our own says
+    return f"{origins.get(name, _flag(name))}: {wrong}, got {first['input']!r} ({hint})"
 
 
 def _flag(name: str) -> str:

@@ -10,21 +10,27 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from server.events import Event, RequestEnded
-from server.scheduling.slo import Outcome, Slo
+from server.scheduling.slo import OnInfeasible, Outcome, Slo
+from server.wire.parameters import MAX_DURATION_NS, MAX_NAME, MAX_PRIORITY
+from server.wire.tensors import MAX_RANK
 
 log = logging.getLogger(__name__)
 
 _NO_SLO = Slo()
 _UNITS_NS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+_OFFSET_WORDS = frozenset({"time", "timestamp", "offset", "arrival"})
+MAX_SAMPLES = MAX_DIMENSION = 2**31
 
 
 class TraceError(ValueError):
@@ -112,24 +118,49 @@ def _said(slo: Slo | None) -> dict[str, object] | None:
     return None if slo is None else {key: value for key, value in asdict(slo).items() if value is not None}
 
 
+def _each_once(choices: tuple[OnInfeasible, ...]) -> tuple[OnInfeasible, ...]:
+    if len(set(choices)) < len(choices):
+        raise ValueError("lists a choice twice")
+    return choices
+
+
+_Instant = Annotated[int, Field(ge=-MAX_DURATION_NS, le=MAX_DURATION_NS)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+_Dimension = Annotated[int, Field(ge=0, le=MAX_DIMENSION)]
+_Shape = Annotated[tuple[_Dimension, ...], Field(max_length=MAX_RANK)]
+
+
 class _Started(BaseModel):
     """The first line of a recording."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    started_unix_ns: int
+    started_unix_ns: _Instant
+
+
+class _Asked(BaseModel):
+    """An `Slo` as a request can ask it: the ranges are those of the request parameters."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    latency_ns: Annotated[int, Field(ge=1, le=MAX_DURATION_NS)] | None = None
+    min_accuracy: _Fraction | None = None
+    max_accuracy_drop: _Fraction | None = None
+    hard: bool | None = None
+    on_infeasible: Annotated[tuple[OnInfeasible, ...], Field(min_length=1), AfterValidator(_each_once)] | None = None
+    variant: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] = 0
 
 
 class _Recorded(BaseModel):
     """A recorded line; a misspelt key would silently ask for nothing. How it ended is for those who read the file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    arrival_ns: int
+    arrival_ns: _Instant
     model: str
     version: str = ""
     asked_version: str = ""
-    samples: NonNegativeInt
-    shape: tuple[tuple[int, ...], ...] | None = None
-    slo: Slo | None
+    samples: Annotated[int, Field(ge=0, le=MAX_SAMPLES)]
+    shape: tuple[_Shape, ...] | None = None
+    slo: _Asked | None
     timeout_ns: int | None = None
     budget_ns: int | None = None
     variant: str = "none"
@@ -142,13 +173,13 @@ def read_trace(path: Path) -> list[Arrival]:
     """The arrivals of a trace, by time. Raises TraceError for a file that is none, naming the line.
 
     The file is a recording (JSON lines), or offsets in seconds: one per line, or a CSV file whose header names the
-    column by time, offset or arrival, and the unit by an ending such as `_ms`; else the first column counts. Blank
-    lines and lines that start with # are skipped. What was recorded of a request that was never read, such as an
-    invalid one, cannot be replayed and is left out, with a warning that says how many. Several recordings in one file
-    follow one another as they did in time.
+    column by no other words than time, timestamp, offset and arrival, and the unit by an ending such as `_ms`; else
+    the first column counts. Blank lines and lines that start with # are skipped. What was recorded of a request that
+    was never read, such as an invalid one, cannot be replayed and is left out, with a warning that says how many.
+    Several recordings in one file follow one another as they did in time.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: cannot be read: {error}") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip() and line[0] != "#"]
@@ -175,22 +206,27 @@ def _recordings(path: Path, lines: Sequence[tuple[int, str]]) -> list[Arrival]:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise TraceError(f"{path}: line {number}: {where + ': ' if where else ''}{first['msg']}") from None
+        if line.slo is not None and not line.samples:
+            raise TraceError(f"{path}: line {number}: samples: a request that was read has at least 1")
         if line.slo is not None:
-            arrivals.append(
-                Arrival(
-                    at_ns=origin_ns + line.arrival_ns,
-                    slo=line.slo,
-                    model=line.model,
-                    version=line.asked_version,
-                    samples=line.samples,
-                    timeout_ns=line.timeout_ns,
-                    shape=line.shape,
-                )
-            )
+            arrivals.append(_arrival(line, line.slo, origin_ns))
     unread = sum('"arrival_ns"' in text for _, text in lines) - len(arrivals)
     if unread:
         log.warning("%s: %d recorded requests were never read by the server and are left out", path, unread)
     return arrivals
+
+
+def _arrival(line: _Recorded, asked: _Asked, origin_ns: int) -> Arrival:
+    """The request as it is to be made again; a deadline that had passed on arrival is a nanosecond away."""
+    return Arrival(
+        at_ns=origin_ns + line.arrival_ns,
+        slo=Slo(**dict(asked)),
+        model=line.model,
+        version=line.asked_version,
+        samples=line.samples,
+        timeout_ns=None if line.timeout_ns is None else min(max(1, line.timeout_ns), MAX_DURATION_NS),
+        shape=line.shape,
+    )
 
 
 def _offsets(path: Path, lines: Sequence[tuple[int, str]]) -> list[Arrival]:
@@ -203,16 +239,24 @@ def _offsets(path: Path, lines: Sequence[tuple[int, str]]) -> list[Arrival]:
         offset = _number(cells[column]) if column < len(cells) else None
         if offset is None:
             raise TraceError(f"{path}: line {number}: {','.join(cells)!r:.80} has no offset in column {column + 1}")
+        if not abs(offset * unit_ns) <= MAX_DURATION_NS:
+            raise TraceError(f"{path}: line {number}: {offset:g} is out of range; is it in another unit?")
         arrivals.append(Arrival(round(offset * unit_ns)))
     return arrivals
 
 
 def _column(header: Sequence[str]) -> tuple[int, int]:
     """Which column holds the offsets, and the nanoseconds of its unit."""
-    names = [name.lower() for name in header]
-    known = (at for at, name in enumerate(names) if any(word in name for word in ("time", "offset", "arrival")))
-    column = next(known, 0)
-    return column, _UNITS_NS.get(names[column].rpartition("_")[2], _UNITS_NS["s"])
+    words = [re.findall(r"[a-z0-9]+", name.lower()) for name in header]
+    column = next((at for at, said in enumerate(words) if _names_offsets(said)), 0)
+    unit = words[column][-1] if words[column] else "s"
+    return column, _UNITS_NS.get(unit, _UNITS_NS["s"])
+
+
+def _names_offsets(words: Sequence[str]) -> bool:
+    """Whether these are the words of an offset and, at most, a unit after them: `arrival_ms`, not `service_time`."""
+    said = words[:-1] if words and words[-1] in _UNITS_NS else words
+    return bool(said) and _OFFSET_WORDS.issuperset(said)
 
 
 def _number(text: str) -> float | None:
@@ -232,8 +276,13 @@ def mean_rate(arrivals: Sequence[Arrival]) -> float:
 
 
 def rescaled(arrivals: Sequence[Arrival], rate_per_s: float) -> list[Arrival]:
-    """The trace in other time: stretched or compressed to this mean rate, its pattern kept. Raises as `mean_rate`."""
+    """The trace in other time: stretched or compressed to this mean rate, its pattern kept.
+
+    Raises as `mean_rate`, and for a rate so low that the trace would never end.
+    """
     factor = mean_rate(arrivals) / rate_per_s
+    if not arrivals[-1].at_ns * factor <= MAX_DURATION_NS:
+        raise TraceError(f"a rate of {rate_per_s:g}/s would stretch the trace beyond a hundred years")
     return [replace(arrival, at_ns=round(arrival.at_ns * factor)) for arrival in arrivals]
 
 

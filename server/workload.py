@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from server.arrivals import gamma_arrivals_ns
+from server.arrivals import MAX_ARRIVALS, MAX_CV2, MAX_SECONDS, MIN_CV2, gamma_arrivals_ns
 from server.errors import InvalidRequest
 from server.settings import SettingsError
 from server.trace import Arrival, TraceError, cut, read_trace, rescaled
@@ -31,15 +31,26 @@ def arrivals_of(chosen: argparse.Namespace, model: str) -> list[Arrival]:
         value = getattr(chosen, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise SettingsError(f"--{name} must be above 0, got {value:g}")
-    if chosen.cv2 is not None and (chosen.trace or not 0 <= chosen.cv2 < math.inf):
-        raise SettingsError("--cv2 is the burstiness of made arrivals: at least 0, and not together with --trace")
+    if chosen.seconds is not None and chosen.seconds > MAX_SECONDS:
+        raise SettingsError(f"--seconds must be at most {MAX_SECONDS:g}, got {chosen.seconds:g}")
+    if chosen.seed < 0:
+        raise SettingsError(f"--seed must be at least 0, got {chosen.seed}")
+    if chosen.cv2 is not None and (chosen.trace or not (chosen.cv2 == 0 or MIN_CV2 <= chosen.cv2 <= MAX_CV2)):
+        raise SettingsError(
+            f"--cv2 is the burstiness of made arrivals: 0 or {MIN_CV2:g} to {MAX_CV2:g}, and not together with --trace"
+        )
     slo = _asked(chosen)
     if chosen.trace:
         return [_overridden(arrival, slo) for arrival in _traced(chosen, model)]
     if chosen.rate is None:
         raise SettingsError("--trace FILE or --rate R is needed: when are the requests to be sent?")
     cv2 = 1.0 if chosen.cv2 is None else chosen.cv2
-    made = gamma_arrivals_ns(chosen.rate, chosen.seconds or DEFAULT_SECONDS, cv2=cv2, seed=chosen.seed)
+    seconds = chosen.seconds or DEFAULT_SECONDS
+    if chosen.rate * seconds > MAX_ARRIVALS:
+        raise SettingsError(
+            f"--rate {chosen.rate:g} for --seconds {seconds:g} is more than {MAX_ARRIVALS:,} requests; lower either"
+        )
+    made = gamma_arrivals_ns(chosen.rate, seconds, cv2=cv2, seed=chosen.seed)
     if not made:
         raise SettingsError("--rate and --seconds are so small that there is no request")
     return [_overridden(Arrival(at_ns), slo) for at_ns in made]

@@ -33,8 +33,22 @@ def test_no_variation_is_even_spacing() -> None:
     assert gamma_arrivals_ns(4, 1.1, cv2=0) == [250_000_000, 500_000_000, 750_000_000, 1_000_000_000]
 
 
-@pytest.mark.parametrize(("rate", "cv2"), [(0, 1), (-1, 1), (float("nan"), 1), (1, -1), (1, float("inf"))])
-def test_impossible_processes_are_refused(rate: float, cv2: float) -> None:
-    """A rate must be positive, a variation at least 0, both finite."""
-    with pytest.raises(ValueError, match="above 0"):
-        gamma_arrivals_ns(rate, 1, cv2=cv2)
+@pytest.mark.parametrize("cv2", [0.01, 1000])
+def test_the_extremes_keep_the_rate(cv2: float) -> None:
+    """At either end of the range a million seconds hold about as many arrivals as asked."""
+    assert len(gamma_arrivals_ns(0.1, 1e6, cv2=cv2, seed=1)) == pytest.approx(1e5, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds", "cv2", "told"),
+    [
+        *[(rate, 1, 1, "above 0") for rate in (0, -1, float("nan"), float("inf"))],
+        *[(1, seconds, 1, "above 0") for seconds in (0, float("nan"), 2e9)],
+        *[(1, 1, cv2, "a cv2 of 0 or") for cv2 in (-1, 1e-320, 0.001, 1e30, float("inf"), float("nan"))],
+        (1e9, 1e9, 1, "10,000,000 requests"),
+    ],
+)
+def test_impossible_processes_are_refused(rate: float, seconds: float, cv2: float, told: str) -> None:
+    """What floating point, the memory or an instant cannot hold is told instead of tried."""
+    with pytest.raises(ValueError, match=told):
+        gamma_arrivals_ns(rate, seconds, cv2=cv2)

@@ -12,16 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import models
 import numpy as np
 import pytest
 from serving import Serving, asking, failure, request_for, serving
 
-from server.bench import load
-from server.bench.load import connected, open_loop
+from server.bench import command, load
+from server.bench.load import UNANSWERED, Answer, Interrupted, connected, open_loop
 from server.cli import main
 from server.scheduling.slo import OnInfeasible, Slo
 from server.trace import Arrival, read_trace
+from server.wire.inference import MODEL_INFER
 from variants.variant import REFERENCE
 
 ROWS = np.eye(4, dtype=np.float32)
@@ -154,7 +157,7 @@ def test_flags_override_what_the_trace_asked(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_with_what_there_is(running: Serving) -> None:
-    """An interrupt ends the sending; what was sent is answered and returned."""
+    """An interrupt ends the sending; what was sent is answered and handed over."""
     message = request_for("same", x=ROWS).SerializeToString()
 
     def sending(index: int) -> bytes:
@@ -166,7 +169,97 @@ def test_ctrl_c_ends_with_what_there_is(running: Serving) -> None:
         async with connected(running.address) as channels:
             return await open_loop(channels, [0, 3600 * 10**9], sending)
 
-    assert [answer.code for answer in load.run(interrupted())] == ["OK"]
+    with pytest.raises(Interrupted) as stopped:
+        load.run(interrupted())
+    assert [answer.code for answer in stopped.value.answers] == ["OK"]
+
+
+@pytest.mark.parametrize(("due_ns", "interrupts"), [([0, 0], 1), ([0, 0, 3600 * 10**9], 2)])
+def test_ctrl_c_ends_the_waiting(due_ns: list[int], interrupts: int) -> None:
+    """What is still out then is unanswered, and nothing else is lost: the first interrupt ends the sending, if any."""
+    asked = 0
+
+    async def one_answer(request: bytes, context: Any) -> bytes:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            return b"answer"
+        for _ in range(interrupts):
+            signal.raise_signal(signal.SIGINT)
+            for _ in range(100):
+                await asyncio.sleep(0)  # the loop turns
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+    async def interrupted() -> list[Answer]:
+        server = grpc.aio.server()
+        service, method = MODEL_INFER.strip("/").split("/")
+        handlers = {method: grpc.unary_unary_rpc_method_handler(one_answer)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with connected(f"127.0.0.1:{port}") as channels:
+                return await open_loop(channels, due_ns, lambda _: b"")
+        finally:
+            await server.stop(None)
+
+    with pytest.raises(Interrupted) as stopped:
+        load.run(interrupted())
+    assert sorted(answer.code for answer in stopped.value.answers) == ["OK", UNANSWERED]
+
+
+def test_an_interrupted_load_is_told_as_such(running: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of what was sent are written, and say that they are not all; the exit code is that of Ctrl-C."""
+
+    async def stopping(channels: Any, due_ns: Any, message: Any, metadata: Any) -> list[Answer]:
+        def sending(index: int) -> Any:
+            asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGINT)
+            return message(index)
+
+        return await open_loop(channels, due_ns, sending, metadata)
+
+    monkeypatch.setattr(command, "open_loop", stopping)
+    (tmp_path / "t").write_text("0\n3600\n")
+    assert bench(running, "--model", "same", "--trace", tmp_path / "t", "--json", tmp_path / "o.json") == 130
+    facts = figures(tmp_path / "o.json")
+    assert (facts["interrupted"], facts["requests"], facts["codes"]) == (True, 1, {"OK": 1})
+
+
+def test_a_trace_has_the_rate_of_its_arrivals(running: Serving, tmp_path: Path) -> None:
+    """Time asked for beyond its end offers nothing and does not count; at once has no rate."""
+    (tmp_path / "t").write_text("0\n0.01\n0.02\n")
+    flags = ("--model", "same", "--json", tmp_path / "o.json", "--seconds", 1000)
+    assert bench(running, *flags, "--trace", tmp_path / "t") == 0
+    facts = figures(tmp_path / "o.json")
+    assert facts["offered_per_s"] == facts["goodput_per_s"] == pytest.approx(100)
+    assert facts["interrupted"] is False
+    assert bench(running, *flags, "--trace", at_once(tmp_path / "t", 2)) == 0
+    assert figures(tmp_path / "o.json")["offered_per_s"] is None
+
+
+def test_a_connection_that_is_full_is_named(
+    running: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Streams that were reset say nothing of the scheduler; one line says what helps."""
+
+    async def full(channels: Any, due_ns: Any, message: Any, metadata: Any) -> list[Answer]:
+        return [Answer(due, due, due, "UNAVAILABLE", detail="Received RST_STREAM with error code 7") for due in due_ns]
+
+    monkeypatch.setattr(command, "open_loop", full)
+    assert bench(running, "--model", "same", "--trace", at_once(tmp_path / "t", 3)) == 0
+    told = capsys.readouterr().err
+    assert "3 requests were turned away by their connection" in told
+    assert "--connections" in told
+    assert told.count("\n") == 1
+
+
+def test_a_failure_leaves_no_file(running: Serving, tmp_path: Path) -> None:
+    """Where nothing was measured there are no figures; those of an earlier load stay."""
+    (tmp_path / "old").write_text("{}")
+    for name in ("old", "new"):
+        assert bench(running, "--model", "unknown", "--rate", 1, "--json", tmp_path / name) == 1
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "{}")]
 
 
 def test_a_latency_counts_from_when_it_was_due(running: Serving) -> None:
@@ -192,6 +285,9 @@ def test_a_latency_counts_from_when_it_was_due(running: Serving) -> None:
         (["--trace", "t", "--cv2", "1"], "--cv2"),
         (["--rate", "0.001", "--seconds", "1", "--cv2", "0"], "no request"),
         (["--rate", "1", "--connections", "0"], "--connections"),
+        (["--rate", "1", "--seed", "-1"], "--seed must be at least 0"),
+        (["--trace", "huge"], "more than a message can hold"),
+        (["--rate", "1", "--data", "t"], "--data t: not a readable .npz of plain arrays\n"),
         (["--rate", "1", "--latency-ms", "0"], "'--latency-ms' must be positive"),
         (["--rate", "1", "--min-accuracy", "2"], "'--min-accuracy' must be in [0, 1]"),
         (["--rate", "1", "--on-infeasible", "hope"], "'--on-infeasible' lists"),
@@ -214,6 +310,7 @@ def test_wrong_usage_is_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     np.savez("two.npz", x=ROWS, a=ROWS, b=ROWS)
     at_once(Path("t"), 1)
+    Path("huge").write_text(json.dumps({"arrival_ns": 0, "model": "same", "samples": 2**31, "slo": {}}))
     assert bench(running, "--model", "same", *arguments) == 2
     shown = capsys.readouterr()
     assert told in shown.err

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.slo.live import compared, show
 from protos import open_inference_pb2 as pb
 from server.bench.load import UNANSWERED, Answer
-from server.bench.report import Ended, read, summary
+from server.bench.report import Ended, read, span_s, summary
 from server.bench.requests import Planned, Target, plan, slo_parameters
 from server.scheduling.slo import OnInfeasible, Slo
+from server.settings import SettingsError
 from server.trace import Arrival
 from server.wire.inference import encode_parameters
 from server.wire.parameters import read_parameters
@@ -120,11 +122,13 @@ def test_without_a_latency_the_server_judges(slo_met: bool, met: bool) -> None:
         ("FP32", [[0.1, 0.9], [0.9, 0.1]], [1, 1], [True, False]),
         ("FP32", [0.1, 0.9], 1, [True]),
         ("INT64", [3, 4], [3, 3], [True, False]),
+        ("INT64", [[3], [4]], [[3], [3]], [[True], [False]]),
+        ("FP32", [[0.9], [0.1]], [0, 0], None),
         ("FP32", [[0.5], [0.5]], [0.25, 0.5], None),
         ("FP32", [0.5, 0.5], [1, 0], None),
         ("BYTES", [["a"], ["b"]], [1, 0], None),
     ],
-    ids=["scores", "no batch", "classes", "regression", "no class numbers", "text"],
+    ids=["scores", "no batch", "classes", "classes in a column", "one score", "regression", "no class numbers", "text"],
 )
 def test_an_answer_is_right_where_it_can_be_compared(datatype: str, output: Any, labels: Any, right: Any) -> None:
     """Scores by their highest, class numbers as they are; anything else has no measured accuracy."""
@@ -134,3 +138,25 @@ def test_an_answer_is_right_where_it_can_be_compared(datatype: str, output: Any,
     response.outputs.add(name="y", datatype=datatype, shape=array.shape)
     got = read(Planned(0, b"", b"", labels=np.array(labels)), Answer(0, 0, 0, reply=response.SerializeToString())).right
     assert (None if got is None else got.tolist()) == right
+
+
+def test_a_load_is_as_long_as_its_arrivals() -> None:
+    """Each of them with the mean gap after it; whenever they were answered. At once, or alone, it has no length."""
+    answers = [Answer(due * MS, due * MS, 10**12, UNANSWERED) for due in (5, 10, 25)]
+    assert span_s(answers) == pytest.approx(0.030)
+    assert span_s(answers[:1]) is span_s([answers[0]] * 2) is None
+
+
+def test_a_row_that_no_message_holds_is_refused() -> None:
+    """Before memory is taken for it, whether it is made up or the data's."""
+    for arrival, data in ((Arrival(0, shape=((2**31,), (2,))), None), (Arrival(0, samples=2**31), DATA)):
+        with pytest.raises(SettingsError, match="more than a message can hold"):
+            plan([arrival], MODEL, data, 0)
+
+
+def test_nothing_answered_is_a_dash_beside_the_simulation(capsys: pytest.CaptureFixture[str]) -> None:
+    """The live comparison has no latency and no accuracy to show then, and shows none."""
+    live = summary([read(Planned(0, b"", b""), answer(1, "UNAVAILABLE"))], 1)
+    row = compared(1, 1, live, {"attainment": 1.0, "mean_proven_accuracy": 0.5, "p99_ms": 2.0})
+    show([row], header=False)
+    assert capsys.readouterr().out == "| 1 | 1 | 0.0000 | 1.0000 | 100.00 | – | 0.5000 | – | 2.0 | 0.0 |\n"

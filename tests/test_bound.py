@@ -112,6 +112,19 @@ def test_a_batch_must_fit_its_requests_windows() -> None:
     assert upper_bound([Demand(0, 6 * MS)] * 4, [variant], 1, bin_ns=MS).attainment == pytest.approx(0.5)
 
 
+def test_inputs_of_any_length_cost_what_the_fastest_length_does() -> None:
+    """At each batch size the fastest profile counts, whichever length it is of."""
+    real, short = LatencyProfile((1, 2), (5 * MS, 9 * MS)), LatencyProfile((1, 2), (6 * MS, 7 * MS))
+    assert FluidVariant.of(0.9, real, short).latencies_ns == (5 * MS, 7 * MS)
+
+
+def test_answers_of_no_known_accuracy_are_worth_nothing() -> None:
+    """A model without a score has a bound for its attainment, and an effective accuracy of zero."""
+    bound = upper_bound([Demand(0, 10 * MS)] * 20, [linear(0.0, 1)], 1, attainments=(0.25,))
+    assert bound.attainment == pytest.approx(0.5)
+    assert (bound.effective_accuracy, bound.accuracy_at) == (0, (0,))
+
+
 def test_samples_and_allowed_variants_count() -> None:
     """A request of two samples costs twice; one that forbids the cheap variant pays for the dear one."""
     variants = [linear(0.9, 4), linear(0.8, 1)]

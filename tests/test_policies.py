@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -12,7 +13,7 @@ from scheduling_models import MS, Arrival, gamma_arrivals, model_of, slo, varian
 from scheduling_world import World, noisy
 
 from server.scheduling.model_queue import ModelQueue
-from server.scheduling.policies import policy_factory
+from server.scheduling.policies import check_policy, policy_factory
 from server.scheduling.policies.fitdrain import FitDrain
 from server.scheduling.slo import OnInfeasible, Outcome, Slo
 from variants.variant import State
@@ -167,9 +168,22 @@ def test_an_unknown_name_is_told_what_there_is(name: str) -> None:
         policy_factory(name)
 
 
-def test_a_variant_that_the_model_has_not_is_told() -> None:
-    """The first request of a service of one variant fails with the names of those there are."""
-    world = World(model_of(), policy=policy_factory("fixed-bf16"))
+@pytest.mark.parametrize("kind", ["fixed", "clipper", "nexus", "clockwork"])
+def test_a_policy_of_one_variant_needs_one_that_takes_traffic(kind: str) -> None:
+    """A variant that is not there, does not take traffic or cannot run is told, with those that could be named."""
+    rejected = variant("amp", 0.91, 2, 1, state=State.REJECTED)
+    unmeasured = replace(variant("int8", 0.9, 2, 1, state=State.UNSUPPORTED), profile=None)
+    model = model_of(variant("fp32", 0.913, 2, 1), rejected, unmeasured)
+    for name, why in (("bf16", "is not there"), ("amp", "is rejected"), ("int8", "cannot run here")):
+        with pytest.raises(ValueError, match=rf"{kind}-{name}.*'{name}' of m, which {why}; .*traffic: fp32$"):
+            check_policy(f"{kind}-{name}+ed", model)
+    check_policy(f"{kind}-fp32+ed", model)
+    check_policy(f"{kind}-fastest", model)
+
+
+@pytest.mark.parametrize("name", ["fixed-bf16", "clockwork-bf16+ed"])
+def test_decisions_never_raise(name: str) -> None:
+    """Even unchecked, a policy for a variant that is not there only gives everybody up."""
+    world = World(model_of(), policy=policy_factory(name))
     world.arrive(Arrival(0, slo(60)))
-    with pytest.raises(ValueError, match=r"bf16.*fp32, amp, int8-static, pruned, distilled"):
-        world.run()
+    assert world.run().outcomes() == {Outcome.EXPIRED.value: 1}

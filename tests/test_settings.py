@@ -198,6 +198,12 @@ def test_admin_on_a_reachable_address_needs_to_know_its_callers(models: str, tmp
     assert load(*flags, "--tls-client-ca", str(secret)).admin
 
 
+def test_an_unknown_policy_is_told_in_our_words(models: str) -> None:
+    """The line starts with the setting and what is wrong with it."""
+    with pytest.raises(SettingsError, match=r"^--policy: there is no policy 'nope'; there are fitdrain, "):
+        load("--models", models, "--policy", "nope")
+
+
 def test_settings_cannot_change(models: str) -> None:
     """What was validated is what runs."""
     made = load("--models", models)

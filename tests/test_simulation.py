@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 from scheduling_models import MS, five_variants, variant
 
+from server import inference
 from server.arrivals import gamma_arrivals_ns
 from server.scheduling.policies import policy_factory
 from server.scheduling.policies.fitdrain import FitDrain
 from server.scheduling.slo import Outcome, Slo
-from server.simulation.simulation import Loss, Noise, Setting, Simulation, simulate
-from server.simulation.summary import merged, summarise
+from server.simulation.simulation import MAX_PARTS, Loss, Noise, Setting, Simulation, simulate
+from server.simulation.summary import summarise
 from server.trace import Arrival
 
 NOISY = Noise(deviation=0.1, pause_rate=0.02, pause_ns=20 * MS, wake_ns=100_000, reply_ns=200_000)
@@ -136,14 +137,67 @@ def test_a_summary_adds_up() -> None:
     assert summary.floors_broken == 0
 
 
-def test_replicas_are_summed_by_their_requests() -> None:
-    """Two unequal halves of a run give back the figures of the whole."""
-    trace = poisson(500, 1.0)
-    parts = [summarise(simulate(Setting(five_variants()), half, FitDrain)) for half in (trace[:100], trace[100:])]
-    both = merged(parts)
-    assert both.requests == len(trace)
-    in_time = sum(part.attainment * part.requests for part in parts)
-    assert both.attainment == pytest.approx(in_time / len(trace))
-    earned = sum(part.effective_accuracy * part.requests for part in parts)
-    assert both.effective_accuracy == pytest.approx(earned / len(trace))
-    assert both.mean_accuracy == pytest.approx(earned / in_time)
+def test_several_runs_are_summed_up_as_one() -> None:
+    """Of a run without a miss and one with many, every ratio is that of the requests and batches of both together."""
+    runs = [simulate(Setting(five_variants()), poisson(rate, 0.5), policy_factory("maxbatch")) for rate in (20, 3000)]
+    quiet, busy, both = summarise(runs[0]), summarise(runs[1]), summarise(*runs)
+    ended = [end for run in runs for end in run.ended if end]
+    in_time = [end for end in ended if end.in_time]
+    batches = [batch for run in runs for batch in run.runs]
+    assert quiet.attainment == 1
+    assert both.requests == len(ended) == quiet.requests + busy.requests
+    assert both.attainment == len(in_time) / len(ended)
+    assert both.attainment_admitted == len(in_time) / sum(end.admitted for end in ended)
+    assert both.told_early == busy.told_early < 1, "nobody missed in the quiet one"
+    assert both.mean_batch == sum(batch.samples for batch in batches) / len(batches)
+    assert both.prediction_exceeded == sum(run.exceeded for run in runs) / len(batches)
+    assert both.outcomes["ok"] == quiet.outcomes["ok"] + busy.outcomes["ok"]
+
+
+def test_percentiles_are_of_nearest_rank() -> None:
+    """Of two latencies, 10 and 14 ms, the median is the first that half of them do not exceed."""
+    trace = [Arrival(0, Slo(variant="fp32")), Arrival(MS, Slo(variant="amp"))]
+    simulation = simulate(Setting([variant("fp32", 0.913, 6, 4), variant("amp", 0.912, 3, 2)]), trace, FitDrain)
+    summary = summarise(simulation)
+    assert (summary.p50_ms, summary.p99_ms) == (10, 14)
+
+
+def test_a_request_above_the_largest_batch_runs_in_parts() -> None:
+    """Of 20 samples 16 and 4 run, on two executors at once; the larger part ends it."""
+    setting = Setting([variant("fp32", 0.913, 6, 4)], 2)
+    simulation = simulate(setting, [Arrival(0, samples=20)], FitDrain)
+    assert sorted(run.samples for run in simulation.runs) == [4, 16]
+    (end,) = simulation.ended
+    assert end is not None
+    assert (end.outcome, end.at_ns, end.admitted, end.in_time) == (Outcome.OK, 70 * MS, True, True)
+
+
+def test_the_least_accurate_part_speaks_for_a_request() -> None:
+    """Of 20 samples in 30 ms, 16 run on the fastest variant and 4 then on a better one: the answer is the worse one."""
+    arrivals = [Arrival(0, Slo(latency_ns=30 * MS), samples=20)]
+    simulation = simulate(Setting(five_variants()), arrivals, policy_factory("maxacc"))
+    assert [(run.place, run.samples) for run in simulation.runs] == [(4, 16), (2, 4)]
+    (end,) = simulation.ended
+    assert end is not None
+    assert (end.outcome, end.place, end.batch_size) == (Outcome.OK, 4, 16)
+
+
+def test_a_part_that_is_refused_ends_the_request_and_frees_its_other_parts() -> None:
+    """Five full batches of 70 ms in 150 ms: the arrival ends once, and only what had started runs."""
+    setting = Setting([variant("fp32", 0.913, 6, 4)])
+    simulation = simulate(setting, [Arrival(0, Slo(latency_ns=150 * MS), samples=80)], FitDrain)
+    (end,) = simulation.ended
+    assert end is not None
+    assert (end.outcome, end.at_ns, end.in_time) == (Outcome.REJECTED, 0, False)
+    assert simulation.runs == []
+    assert simulation.scheduler.waiting == 0
+
+
+def test_a_request_of_more_parts_than_a_server_takes_is_invalid() -> None:
+    """The limit is the server's."""
+    assert MAX_PARTS == inference.MAX_PARTS
+    setting = Setting([variant("fp32", 0.913, 1, 1, sizes=(1, 2))])
+    for samples, outcome in ((2 * MAX_PARTS, Outcome.OK), (2 * MAX_PARTS + 1, Outcome.INVALID)):
+        (end,) = simulate(setting, [Arrival(0, samples=samples)], FitDrain).ended
+        assert end is not None
+        assert end.outcome is outcome

@@ -99,13 +99,34 @@ def test_a_second_recording_follows_the_first(tmp_path: Path) -> None:
         ("user,arrival_ms\nann,3\nbob,1\n", [0, 2]),
         ('"Time","n"\r\n"1.5","2"\r\n1.75,9\r\n', [0, 250]),
         ("a,b\n1,5\n2,4\n", [0, 1000]),
+        ("\ufeff1\n3\n", [0, 2000]),
+        ("\ufeffoffset\n1\n3\n", [0, 2000]),
+        ("runtime_ms,service_time_ms,Arrival time (ms)\n9,7,1\n9,9,3\n", [0, 2]),
+        ("timeouts,Timestamp\n9,1\n8,2\n", [0, 1000]),
     ],
-    ids=["plain", "comments", "named column and unit", "quoted", "first column"],
+    ids=[
+        *("plain", "comments", "named column and unit", "quoted", "first column", "byte order mark"),
+        *("byte order mark before a name", "whole words", "no part of a word"),
+    ],
 )
 def test_offsets_are_read_as_arrivals_that_ask_nothing(tmp_path: Path, text: str, expected_ms: list[int]) -> None:
     """Seconds unless the header says otherwise, sorted, counted from the first."""
     (tmp_path / "t.csv").write_bytes(text.encode())
     assert read_trace(tmp_path / "t.csv") == [Arrival(ms * 10**6) for ms in expected_ms]
+
+
+def asked_line(**other: object) -> str:
+    """A recorded line with some of it otherwise."""
+    return json.dumps({"arrival_ns": 1, "model": "m", "samples": 1, "slo": {}} | other)
+
+
+@pytest.mark.parametrize(("timeout_ns", "read_ns"), [(-5, 1), (0, 1), (7, 7), (2**70, 2**62), (None, None)])
+def test_a_deadline_that_had_passed_is_replayed_as_the_shortest(
+    tmp_path: Path, timeout_ns: int | None, read_ns: int | None
+) -> None:
+    """A recording may hold a negative one, which no request can ask again."""
+    (tmp_path / "t").write_text(asked_line(timeout_ns=timeout_ns))
+    assert read_trace(tmp_path / "t")[0].timeout_ns == read_ns
 
 
 @pytest.mark.parametrize(
@@ -118,9 +139,23 @@ def test_offsets_are_read_as_arrivals_that_ask_nothing(tmp_path: Path, text: str
         ('{"arrival_ns": 1', "line 1: Invalid JSON"),
         ('{"started_unix_ns": 1}\n{"arrival_ns": 1, "model": "m", "slo": {}}', "line 2: samples: Field required"),
         ('{"arrival_ns": 1.5, "model": "m", "samples": 1, "slo": {}}', "line 1: arrival_ns: .* valid integer"),
-        ('{"arrival_ns": 1, "model": "m", "samples": 1, "slo": {"latency": 1}}', "slo.latency: Unexpected"),
+        ('{"arrival_ns": 1, "model": "m", "samples": 1, "slo": {"latency": 1}}', "slo.latency: Extra"),
         ('{"arrival_ns": 1, "model": "m", "samples": 1, "slo": {"on_infeasible": ["x"]}}', "slo.on_infeasible.0: "),
         ("\xff", "cannot be read"),
+        ("0\n1e300\n", "line 2: 1e\\+300 is out of range"),
+        ("time_ns\n0\n5e18\n", "line 3: .* out of range"),
+        (asked_line(samples=0), "line 1: samples: "),
+        (asked_line(samples=10**12), "line 1: samples: "),
+        (asked_line(arrival_ns=2**63), "line 1: arrival_ns: "),
+        (asked_line(shape=[[-1]]), "line 1: shape.0.0: "),
+        (asked_line(shape=[[1] * 9]), "line 1: shape.0: "),
+        (asked_line(slo={"priority": 10**20}), "line 1: slo.priority: "),
+        (asked_line(slo={"latency_ns": -5}), "line 1: slo.latency_ns: "),
+        (asked_line(slo={"latency_ns": 0}), "line 1: slo.latency_ns: "),
+        (asked_line(slo={"min_accuracy": 7.0}), "line 1: slo.min_accuracy: "),
+        (asked_line(slo={"max_accuracy_drop": -0.1}), "line 1: slo.max_accuracy_drop: "),
+        (asked_line(slo={"variant": ""}), "line 1: slo.variant: "),
+        (asked_line(slo={"on_infeasible": ["late", "late"]}), "line 1: slo.on_infeasible: "),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_told_with_its_line(tmp_path: Path, text: str, told: str) -> None:
@@ -143,6 +178,9 @@ def test_rescaling_keeps_the_pattern_and_cutting_the_start() -> None:
     assert cut(trace, 4) == trace[:2]
     with pytest.raises(TraceError, match="two arrivals"):
         rescaled(trace[:1], 50)
+    for rate in (1e-12, 5e-324):
+        with pytest.raises(TraceError, match="a hundred years"):
+            rescaled(trace, rate)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_every_slo_parameter_is_read() -> None:
         ("slo_latency_ms", {"int64_param": 20}, "latency_ns", 20_000_000),
         ("slo_latency_ms", {"double_param": 1e-12}, "latency_ns", 1),
         ("slo_latency_ms", {"double_param": 1e300}, "latency_ns", MAX_DURATION_NS),
+        ("slo_latency_ms", {"double_param": 1e305}, "latency_ns", MAX_DURATION_NS),  # infinite in nanoseconds
         ("slo_min_accuracy", {"double_param": -0.0}, "min_accuracy", 0.0),
         ("priority", {"int64_param": 2}, "priority", 2),
         ("slo_floor", {"string_param": "hard"}, "hard", True),

@@ -25,15 +25,18 @@ from server.cli import main as gearshift
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One load, live and simulated; attainments are shares of all requests, `lag_ms` is the client's own p99."""
+    """One load, live and simulated; attainments are shares of all requests, `lag_ms` is the client's own p99.
+
+    None where nothing was answered, or nothing in time.
+    """
 
     rate: float
     cv2: float
     live: float
     simulated: float
-    live_accuracy: float
+    live_accuracy: float | None
     simulated_accuracy: float
-    live_p99_ms: float
+    live_p99_ms: float | None
     simulated_p99_ms: float
     lag_ms: float
 
@@ -78,9 +81,9 @@ def compared(rate: float, cv2: float, live: dict[str, Any], simulated: dict[str,
         cv2=cv2,
         live=live["slo_attainment"],
         simulated=simulated["attainment"],
-        live_accuracy=live["mean_accuracy"] or 0.0,
+        live_accuracy=live["mean_accuracy"],
         simulated_accuracy=simulated["mean_proven_accuracy"],
-        live_p99_ms=live["latency_ms"]["p99"],
+        live_p99_ms=live["latency_ms"] and live["latency_ms"]["p99"],
         simulated_p99_ms=simulated["p99_ms"],
         lag_ms=live["send_lag_ms"]["p99"],
     )
@@ -97,10 +100,15 @@ def show(rows: Sequence[Compared], *, header: bool) -> None:
     for row in rows:
         print(
             f"| {row.rate:g} | {row.cv2:g} | {row.live:.4f} | {row.simulated:.4f} "
-            f"| {100 * abs(row.live - row.simulated):.2f} | {row.live_accuracy:.4f} | {row.simulated_accuracy:.4f} "
-            f"| {row.live_p99_ms:.1f} | {row.simulated_p99_ms:.1f} | {row.lag_ms:.1f} |",
+            f"| {100 * abs(row.live - row.simulated):.2f} | {_plain(row.live_accuracy, 4)} "
+            f"| {row.simulated_accuracy:.4f} | {_plain(row.live_p99_ms, 1)} "
+            f"| {row.simulated_p99_ms:.1f} | {row.lag_ms:.1f} |",
             flush=True,
         )
+
+
+def _plain(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _figures(folder: Path, *arguments: str) -> dict[str, Any]:

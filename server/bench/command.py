@@ -15,8 +15,8 @@ from pathlib import Path
 import grpc
 
 from protos import open_inference_pb2 as pb
-from server.bench.load import CONNECT_S, Answer, Metadata, connected, open_loop, run
-from server.bench.report import read, summary
+from server.bench.load import CONNECT_S, Answer, Interrupted, Metadata, connected, open_loop, run
+from server.bench.report import read, span_s, summary
 from server.bench.requests import Planned, plan, read_data, target
 from server.bench.tables import show
 from server.remote import read_file, told
@@ -25,6 +25,7 @@ from server.trace import Arrival
 from server.wire.inference import SERVICE
 from server.workload import DEFAULT_SECONDS, FLAGS, arrivals_of
 
+MAX_CONNECTIONS = 1000
 LAG_MS = 10.0
 """A send lag that is too much where no latency is asked; where one is, a tenth of it."""
 
@@ -38,6 +39,7 @@ class _Run:
 
     planned: Sequence[Planned]
     answers: Sequence[Answer]
+    interrupted: bool
 
 
 def bench(chosen: argparse.Namespace) -> int:
@@ -45,8 +47,8 @@ def bench(chosen: argparse.Namespace) -> int:
 
     Raises SettingsError for what is wrong with the flags or their files.
     """
-    if chosen.connections < 1:
-        raise SettingsError(f"--connections must be at least 1, got {chosen.connections}")
+    if not 1 <= chosen.connections <= MAX_CONNECTIONS:
+        raise SettingsError(f"--connections must be 1 to {MAX_CONNECTIONS}, got {chosen.connections}")
     arrivals = arrivals_of(chosen, chosen.model)
     if chosen.json:
         _check_writable(chosen.json)
@@ -78,35 +80,54 @@ async def _load(
         model = target(answer.config)
         data = read_data(chosen.data, model) if chosen.data else None
         planned = plan(arrivals, model, data, chosen.seed)
-        answers = await open_loop(
-            channels, [each.due_ns for each in planned], lambda at: planned[at].head + planned[at].body, metadata
-        )
-        return _Run(planned, answers)
+        due_ns = [each.due_ns for each in planned]
+        try:
+            answers = await open_loop(channels, due_ns, lambda at: planned[at].head + planned[at].body, metadata)
+        except Interrupted as stopped:
+            return _Run(planned, stopped.answers, interrupted=True)
+        return _Run(planned, answers, interrupted=False)
 
 
 def _check_writable(path: Path) -> None:
+    """A file made to see whether one can be made does not stay: the load may still fail. Raises SettingsError."""
+    file = path.resolve()
+    existed = file.exists()
     try:
-        path.open("a").close()
+        file.open("a").close()
+        if not existed:
+            file.unlink()
     except OSError as error:
         raise SettingsError(f"--json {path}: {error.strerror}") from None
 
 
 def _tell(chosen: argparse.Namespace, done: _Run) -> int:
     """Show and write the figures; 130 after Ctrl-C."""
-    interrupted = len(done.answers) < len(done.planned)
     if not done.answers:
         return 130
     ended = [read(*pair) for pair in zip(done.planned, done.answers, strict=False)]
-    planned_s = None if interrupted else chosen.seconds or (None if chosen.trace else DEFAULT_SECONDS)
-    seconds = planned_s or max(answer.ended_ns for answer in done.answers) / 1e9
     flags = {name: str(value) if isinstance(value := getattr(chosen, name), Path) else value for name in _FLAGS}
-    facts = {"url": chosen.url, "model": chosen.model, "flags": flags, "interrupted": interrupted}
-    facts |= summary(ended, seconds)
+    facts = {"url": chosen.url, "model": chosen.model, "flags": flags, "interrupted": done.interrupted}
+    made_s = None if chosen.trace else chosen.seconds or DEFAULT_SECONDS
+    facts |= summary(ended, made_s if made_s and len(ended) == len(done.planned) else span_s(done.answers))
     show(facts)
     _warn_of_lag(facts["send_lag_ms"]["p99"], done.planned)
+    _warn_of_streams(done.answers)
     if chosen.json:
-        chosen.json.write_text(json.dumps(facts, indent=2) + "\n")
-    return 130 if interrupted else 0
+        try:
+            chosen.json.write_text(json.dumps(facts, indent=2) + "\n")
+        except OSError as error:
+            raise SettingsError(f"--json {chosen.json}: {error.strerror}") from None
+    return 130 if done.interrupted else 0
+
+
+def _warn_of_streams(answers: Sequence[Answer]) -> None:
+    """One connection carries some thousand requests at a time; the server turns more away unseen by its scheduler."""
+    reset = sum(answer.code == "UNAVAILABLE" and "RST_STREAM" in answer.detail for answer in answers)
+    if reset:
+        sys.stderr.write(
+            f"gearshift bench: {reset} requests were turned away by their connection, which carries only about 1,000 "
+            "at a time; spread them with --connections\n"
+        )
 
 
 def _warn_of_lag(p99_ms: float, planned: Sequence[Planned]) -> None:
@@ -115,5 +136,5 @@ def _warn_of_lag(p99_ms: float, planned: Sequence[Planned]) -> None:
     if p99_ms > most_ms:
         sys.stderr.write(
             f"gearshift bench: the client could not keep up: 1 % of the requests left more than {p99_ms:.1f} ms late "
-            f"(tolerable: {most_ms:.1f} ms), which their latencies include; lower the rate or free a core\n"
+            f"(tolerable: {most_ms:.3g} ms), which their latencies include; lower the rate or free a core\n"
         )

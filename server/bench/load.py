@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import selectors
+import signal
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -55,6 +57,14 @@ class Answer:
         return self.ended_ns - self.due_ns
 
 
+class Interrupted(Exception):
+    """Ctrl-C ended a load before its last answer; `answers` are to the first of the messages, in order."""
+
+    def __init__(self, answers: list[Answer]) -> None:
+        super().__init__("interrupted")
+        self.answers = answers
+
+
 @asynccontextmanager
 async def connected(
     url: str, connections: int = 1, trust: bytes | None = None
@@ -79,8 +89,9 @@ async def open_loop(
 ) -> list[Answer]:
     """Send `message(i)` at instant `due_ns[i]`, in turns over the channels; the answers in the order of sending.
 
-    A cancellation (Ctrl-C) ends the sending: what was sent is still waited for, and the answers are fewer than asked.
-    Raises TimeoutError when a channel does not become ready.
+    A cancellation (Ctrl-C) ends the sending, and what was sent is still waited for; one that comes while there is only
+    waiting ends that, and what is still out is UNANSWERED. Raises Interrupted, with the answers that there are, after
+    either, and TimeoutError when a channel does not become ready.
     """
     await asyncio.wait_for(asyncio.gather(*(channel.channel_ready() for channel in channels)), CONNECT_S)
     calls = [channel.unary_unary(MODEL_INFER) for channel in channels]
@@ -101,26 +112,53 @@ async def open_loop(
         finally:
             answers[index] = Answer(due, sent, time.perf_counter_ns() - start_ns, code, reply, detail)
 
-    try:
+    async def send() -> None:
         for index, due in enumerate(due_ns):
             wait_ns = due - (time.perf_counter_ns() - start_ns)
             await asyncio.sleep(max(wait_ns, 0) / 1e9)  # even when behind: answers must be taken in
             task = asyncio.create_task(one(index, due))
             pending.add(task)
             task.add_done_callback(pending.discard)
-    except asyncio.CancelledError:
-        asyncio.current_task().uncancel()  # type: ignore[union-attr] # a coroutine runs in a task
+
+    try:
+        interrupted = await _cancelled(send())
     finally:
         gc.unfreeze()
     if pending:
-        _, late = await asyncio.wait(pending, timeout=PATIENCE_S)
-        for task in late:
-            task.cancel()
+        interrupted |= await _cancelled(asyncio.wait(pending, timeout=PATIENCE_S))
+        late = [task for task in pending if task.cancel()]
         await asyncio.gather(*late, return_exceptions=True)
-    return [answer for answer in answers if answer is not None]
+    got = [answer for answer in answers if answer is not None]
+    if interrupted:
+        raise Interrupted(got)
+    return got
+
+
+async def _cancelled(work: Awaitable[object]) -> bool:
+    """Whether a cancellation ended the work, which is thereby dealt with."""
+    try:
+        await work
+    except asyncio.CancelledError:
+        asyncio.current_task().uncancel()  # type: ignore[union-attr] # a coroutine runs in a task
+        return True
+    return False
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run` on a loop that wakes up to the microsecond: epoll would round every wait up to a millisecond."""
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
-        return runner.run(main)
+    """`asyncio.run` on a loop that wakes up to the microsecond: epoll would round every wait up to a millisecond.
+
+    Every Ctrl-C is one cancellation of `main`; `asyncio.run` would give up at the second. Raises KeyboardInterrupt
+    where `main` lets one through.
+    """
+
+    async def interruptible() -> T:
+        if threading.current_thread() is threading.main_thread():
+            task = asyncio.current_task()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)  # type: ignore[union-attr]
+        return await main
+
+    try:
+        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
+            return runner.run(interruptible())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None

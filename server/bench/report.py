@@ -67,8 +67,17 @@ def parameters_of(response: pb.ModelInferResponse) -> dict[str, Any]:
     }
 
 
-def summary(ended: Sequence[Ended], seconds: float) -> dict[str, Any]:
-    """All figures of a load of so many seconds, of which at least one request was sent."""
+def span_s(answers: Sequence[Answer]) -> float | None:
+    """How long the load was by when its requests were due, in seconds: each counts with the mean gap after it.
+
+    None where all were due at once. When they were answered, if ever, says nothing about how many were offered.
+    """
+    span_ns = answers[-1].due_ns - answers[0].due_ns
+    return span_ns * len(answers) / (len(answers) - 1) / 1e9 if span_ns else None
+
+
+def summary(ended: Sequence[Ended], seconds: float | None) -> dict[str, Any]:
+    """All figures of a load of so many seconds, None for all at once, of which at least one request was sent."""
     total = len(ended)
     answered = [each for each in ended if each.answer.code == "OK"]
     met = [each for each in ended if each.met]
@@ -77,11 +86,11 @@ def summary(ended: Sequence[Ended], seconds: float) -> dict[str, Any]:
     return {
         "requests": total,
         "seconds": seconds,
-        "offered_per_s": total / seconds,
+        "offered_per_s": total / seconds if seconds else None,
         "slo_attainment": len(met) / total,
         "slo_attainment_admitted": len(met) / len(admitted) if admitted else None,
         "admitted": len(admitted),
-        "goodput_per_s": len(met) / seconds,
+        "goodput_per_s": len(met) / seconds if seconds else None,
         "mean_accuracy": _mean(each.accuracy for each in met),
         "effective_accuracy": sum(each.accuracy for each in met) / total,
         "measured_accuracy": _measured(answered),
@@ -152,7 +161,8 @@ def _percentiles_ms(values_ns: Sequence[int]) -> dict[str, float] | None:
 def _right(response: pb.ModelInferResponse, labels: Array) -> Array | None:
     """Which samples are right: the first output that holds a score per class, or the class itself, beside the labels.
 
-    None where no output does, as for a regression, or the labels are no class numbers.
+    None where no output does, as for a regression, or the labels are no class numbers. A single score per sample is
+    no choice between classes.
     """
     if labels.dtype.kind not in "iu":
         return None
@@ -160,7 +170,7 @@ def _right(response: pb.ModelInferResponse, labels: Array) -> Array | None:
         if output.datatype == "BYTES":
             continue
         scores = np.frombuffer(raw, DATATYPES[output.datatype].numpy).reshape(tuple(output.shape))
-        if scores.shape[:-1] == labels.shape and scores.ndim == labels.ndim + 1:
+        if scores.ndim == labels.ndim + 1 and scores.shape[:-1] == labels.shape and scores.shape[-1] > 1:
             return np.atleast_1d(scores.argmax(axis=-1) == labels)
         if scores.shape == labels.shape and scores.dtype.kind in "iu":
             return np.atleast_1d(scores == labels)

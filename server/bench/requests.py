@@ -6,6 +6,7 @@ parameters) and a body (inputs), which protobuf lets one join; each distinct one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from variants.repository import RepositoryError
 from variants.variant import TensorSpec
 
 SYNTHETIC_ROWS = 32
+MAX_MESSAGE_BYTES = 2**31 - 1
+"""What protobuf can hold."""
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[tuple[int, ...], ...]
@@ -71,13 +74,16 @@ def read_data(path: Path, model: Target) -> Samples:
             )
         return match_inputs(path, arrays, model.inputs, target=next(iter(others), None), other_targets=set())
     except RepositoryError as error:
-        raise SettingsError(f"--data {error}") from None
+        # numpy's own words for a file that is none advise to unpickle it
+        told = f"{path}: not a readable .npz of plain arrays" if "allow_pickle" in str(error) else error
+        raise SettingsError(f"--data {told}") from None
 
 
 def plan(arrivals: Sequence[Arrival], model: Target, data: Samples | None, seed: int) -> list[Planned]:
     """A request per arrival: rows of the data in an order drawn by the seed, or made-up ones.
 
-    Raises SettingsError for a request of several samples to a model that takes no batch.
+    Raises SettingsError for a request of several samples to a model that takes no batch, or of more than fits one
+    message.
     """
     generator = np.random.default_rng(seed)
     order = generator.permutation(SYNTHETIC_ROWS if data is None else len(data))
@@ -96,6 +102,7 @@ def plan(arrivals: Sequence[Arrival], model: Target, data: Samples | None, seed:
         shape = arrival.shape if data is None else None
         held = (place, arrival.samples, shape)
         if held not in bodies:
+            _check_size(model, arrival.samples, data, shape)
             if data is None and shape not in made:
                 made[shape] = _made_up(model, shape, generator)
             rows = order[np.arange(place, place + arrival.samples) % len(order)]
@@ -144,6 +151,18 @@ def encode_head(model: str, version: str = "", parameters: Mapping[str, float | 
     return message.SerializeToString()
 
 
+def _check_size(model: Target, samples: int, data: Samples | None, shape: Shape | None) -> None:
+    """Raises SettingsError for rows that no message holds, before any memory is taken for them."""
+    if data is None:
+        sizes = [math.prod(_row_shape(model, place, shape)) for place in range(len(model.inputs))]
+        samples = max(samples, SYNTHETIC_ROWS)  # so many rows are made
+    else:
+        sizes = [math.prod(data.inputs[spec.name].shape[1:]) for spec in model.inputs]
+    row = sum(size * DATATYPES[spec.datatype].numpy.itemsize for size, spec in zip(sizes, model.inputs, strict=True))
+    if samples * row > MAX_MESSAGE_BYTES:
+        raise SettingsError(f"{samples} samples of {row} bytes are asked for at once, more than a message can hold")
+
+
 def _head(model: str, arrival: Arrival) -> bytes:
     return encode_head(model, arrival.version, slo_parameters(arrival.slo, arrival.timeout_ns))
 
@@ -160,8 +179,7 @@ def _made_up(model: Target, shape: Shape | None, generator: np.random.Generator)
     """Rows that any model can take: normal floats, integers 0 and 1; a free dimension is the trace's, else 1."""
     inputs: dict[str, Array] = {}
     for place, spec in enumerate(model.inputs):
-        known = shape[place] if shape and len(shape) == len(model.inputs) else spec.shape
-        size = (SYNTHETIC_ROWS, *(1 if dim < 0 else dim for dim in known))
+        size = (SYNTHETIC_ROWS, *_row_shape(model, place, shape))
         if spec.datatype.startswith(("FP", "BF")):
             inputs[spec.name] = generator.standard_normal(size).astype(DATATYPES[spec.datatype].numpy)
         elif spec.datatype == "BYTES":
@@ -169,3 +187,8 @@ def _made_up(model: Target, shape: Shape | None, generator: np.random.Generator)
         else:
             inputs[spec.name] = generator.integers(0, 2, size).astype(DATATYPES[spec.datatype].numpy)
     return Samples(inputs)
+
+
+def _row_shape(model: Target, place: int, shape: Shape | None) -> tuple[int, ...]:
+    known = shape[place] if shape and len(shape) == len(model.inputs) else model.inputs[place].shape
+    return tuple(1 if dim < 0 else dim for dim in known)

@@ -38,14 +38,15 @@ def show(facts: Mapping[str, Any]) -> None:
 def _title(facts: Mapping[str, Any]) -> str:
     ended = ", stopped early" if facts["interrupted"] else ""
     rate, seconds = facts["offered_per_s"], facts["seconds"]
-    return f"{facts['model']} at {facts['url']}: {facts['requests']} requests in {seconds:.1f} s, {rate:.1f}/s{ended}"
+    pace = "at once" if seconds is None else f"in {seconds:.1f} s, {rate:.1f}/s"
+    return f"{facts['model']} at {facts['url']}: {facts['requests']} requests {pace}{ended}"
 
 
 def _figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("SLO attainment", f"{_percent(facts['slo_attainment'])} of all requests"),
         ("… over admitted", f"{_percent(facts['slo_attainment_admitted'])} of {facts['admitted']}"),
-        ("goodput", f"{facts['goodput_per_s']:.1f}/s"),
+        ("goodput", UNKNOWN if facts["goodput_per_s"] is None else f"{facts['goodput_per_s']:.1f}/s"),
         ("effective accuracy", f"{_fraction(facts['effective_accuracy'])} (a miss counts 0)"),
         ("mean accuracy", f"{_fraction(facts['mean_accuracy'])} proven, over answers in time"),
         ("measured accuracy", _fraction(facts["measured_accuracy"])),

@@ -2,6 +2,7 @@
 
 What is bounded: any schedule, even one that knows every arrival in advance, on equal executors whose batches take
 exactly their profiled (mean) latency; real service times, which vary, may by luck beat a bound made of their means.
+Where the inputs' lengths vary, every input counts as if it were of the length that runs fastest: valid, and looser.
 The bound is the optimum of an easier problem (the *fluid relaxation*), easier in four ways:
 
 * **Batching.** A request answered in time shares a batch that runs inside its window (arrival to deadline), so the
@@ -52,14 +53,22 @@ class FluidVariant:
     latencies_ns: tuple[int, ...]
 
     @classmethod
-    def of(cls, accuracy: float, profile: LatencyProfile) -> FluidVariant:
-        """The variant with this latency profile, interpolated between the measured batch sizes as the profile does."""
-        return cls(accuracy, tuple(profile.latency_ns(size) for size in range(1, profile.max_batch_size + 1)))
+    def of(cls, accuracy: float, *profiles: LatencyProfile) -> FluidVariant:
+        """The variant with these latency profiles, one for each length: at every batch size the fastest of them counts.
+
+        Between the measured batch sizes it is interpolated as a profile does.
+        """
+        largest = max(profile.max_batch_size for profile in profiles)
+        return cls(accuracy, tuple(_fastest_ns(profiles, size) for size in range(1, largest + 1)))
 
     def cost_ns(self, window_ns: int) -> float:
         """The least executor time per sample in a batch that fits the window; infinite where no batch fits."""
         costs = (latency / size for size, latency in enumerate(self.latencies_ns, 1) if latency <= window_ns)
         return min(costs, default=np.inf)
+
+
+def _fastest_ns(profiles: Sequence[LatencyProfile], size: int) -> int:
+    return min(profile.latency_ns(size) for profile in profiles if size <= profile.max_batch_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +209,15 @@ def _solve(groups: Sequence[_Group], values: _Vector, executors: int) -> tuple[_
     Inside a chain first come, first served loses nothing, so two balances per bin stand for "which request when":
     `waiting` work (arrived, not done) and work done `ahead` of its deadline, both at least 0.
     """
-    sparse, linprog = _scipy()
     origin = groups[0].start
     bins = max(group.end for group in groups) - origin
     chains, chain_of = _chains(groups)
     shares = [
         (row, variant) for row, group in enumerate(groups) for variant in _worth_buying(group.work, tuple(values))
     ]
+    if not shares:  # what these may run on is worth nothing, such as a model of no known accuracy
+        return np.zeros(bins), np.zeros(len(groups))
+    sparse, linprog = _scipy()
     row_of = np.array([row for row, _ in shares])
     work = np.array([groups[row].work[variant] for row, variant in shares])
     arrives = np.array([chain_of[row] * bins + groups[row].start - origin for row, _ in shares])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,22 +17,25 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from server.errors import ServingError
 from server.scheduling.admission import make_request
 from server.scheduling.model_queue import ModelQueue, rank
-from server.scheduling.policies import PolicyFactory, policy_factory
+from server.scheduling.policies import PolicyFactory, check_policy, policy_factory
 from server.scheduling.slo import ModelKey
 from server.settings import SettingsError
 from server.simulation.bound import Bound, Demand, FluidVariant, upper_bound
 from server.simulation.profiles import Profiled, ProfilesError, read_profiles
 from server.simulation.simulation import Noise, Setting, simulate
-from server.simulation.summary import Summary, merged, summarise
+from server.simulation.summary import Summary, summarise
 from server.trace import Arrival
 from server.workload import arrivals_of
 from variants.variant import State, Variant
 
 _BOUND = "upper bound"
+_MOST_NOISE = 3.0  # a batch in six then takes twenty times its profile, or longer
+_DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,13 @@ def run(chosen: argparse.Namespace) -> int:
     Raises SettingsError for what is wrong with the flags or their files.
     """
     _check_numbers(chosen)
-    policies = _policies(chosen.policy)
     profiled = _profiled(chosen)
     setting = _setting(chosen, profiled)
+    policies = _policies(chosen.policy, setting)
     trace = arrivals_of(chosen, profiled.model)
+    if chosen.json:
+        _check_writable(chosen.json)
+    _warn_of_contention(setting, profiled.executors)
     compared = [_Compared(name, _replicated(setting, trace, made, chosen)) for name, made in policies.items()]
     bound = None if chosen.no_bound else _bound(setting, trace, chosen.replicas)
     _show(profiled.model, setting, chosen.replicas, trace, compared, bound)
@@ -67,17 +72,23 @@ def _check_numbers(chosen: argparse.Namespace) -> None:
         value = getattr(chosen, name)
         if value is not None and value < 1:
             raise SettingsError(f"--{name} must be at least 1, got {value}")
-    for name in ("noise", "wake_ms", "reply_ms"):
+    if not 0 <= chosen.pause_rate <= 1:
+        raise SettingsError(f"--pause-rate is a share of the batches, 0 to 1, got {chosen.pause_rate:g}")
+    for name, most in (("noise", _MOST_NOISE), ("pause_ms", _DAY_MS), ("wake_ms", _DAY_MS), ("reply_ms", _DAY_MS)):
         value = getattr(chosen, name)
-        if not 0 <= value < math.inf:
-            raise SettingsError(f"--{name.replace('_', '-')} must be at least 0, got {value:g}")
+        if not 0 <= value <= most:
+            raise SettingsError(f"--{name.replace('_', '-')} must be at least 0 and at most {most:.0f}, got {value:g}")
 
 
-def _policies(names: Sequence[str]) -> dict[str, PolicyFactory]:
+def _policies(names: Sequence[str], setting: Setting) -> dict[str, PolicyFactory]:
+    model = ModelQueue(ModelKey(setting.model, "1"), setting.variants)
     try:
-        return {name: policy_factory(name) for name in names}
+        policies = {name: policy_factory(name) for name in names}
+        for name in names:
+            check_policy(name, model)
     except ValueError as error:
         raise SettingsError(f"--policy: {error}") from None
+    return policies
 
 
 def _profiled(chosen: argparse.Namespace) -> Profiled:
@@ -92,7 +103,13 @@ def _setting(chosen: argparse.Namespace, profiled: Profiled) -> Setting:
         variants=_kept(profiled.variants, chosen.variants),
         executors=profiled.executors if chosen.executors is None else chosen.executors,
         defaults=profiled.defaults,
-        noise=Noise(chosen.noise, wake_ns=int(chosen.wake_ms * 1e6), reply_ns=int(chosen.reply_ms * 1e6)),
+        noise=Noise(
+            deviation=chosen.noise,
+            pause_rate=chosen.pause_rate,
+            pause_ns=int(chosen.pause_ms * 1e6),
+            wake_ns=int(chosen.wake_ms * 1e6),
+            reply_ns=int(chosen.reply_ms * 1e6),
+        ),
         model=profiled.model,
     )
 
@@ -115,17 +132,17 @@ def _replicated(
     """One policy's figures; of several replicas each gets its turn of the requests."""
     count = min(chosen.replicas, len(trace))
     shares = [trace[replica::count] for replica in range(count)]
-    try:
-        runs = [simulate(setting, share, policy, chosen.seed + place) for place, share in enumerate(shares)]
-    except ValueError as error:  # such as a policy for a variant that this model has not
-        raise SettingsError(f"--policy: {error}") from None
-    return merged([summarise(each) for each in runs])
+    return summarise(*(simulate(setting, share, policy, chosen.seed + place) for place, share in enumerate(shares)))
 
 
 def _bound(setting: Setting, trace: Sequence[Arrival], replicas: int) -> Bound | None:
     """What no policy could exceed; None, with a line on stderr, where the solver is not installed."""
     ranked = rank(setting.variants)
-    fluid = [FluidVariant.of(v.score.value if v.score else 0.0, v.profile) for v in ranked if v.profile]
+    fluid = [
+        FluidVariant.of(v.score.value if v.score else 0.0, v.profile, *(profile for _, profile in v.lengths))
+        for v in ranked
+        if v.profile
+    ]
     demands = list(_demands(setting, trace))
     try:
         best = upper_bound(demands, fluid, setting.executors * replicas)
@@ -168,16 +185,17 @@ def _show(
     seconds = (trace[-1].at_ns - trace[0].at_ns) / 1e9
     console.print(
         f"{model}: {len(trace)} requests in {seconds:.1f} s on {replicas} x {setting.executors} executors; "
-        f"service noise {setting.noise.deviation:.0%}"
+        f"service noise {setting.noise.deviation:.0%}",
+        markup=False,  # what files say is shown as it is
     )
     table = Table(box=SIMPLE_HEAD)
     for column in (
-        "policy", "attainment", "mean accuracy", "effective accuracy", "admitted, then failed", "p50 ms", "p99 ms",
+        "policy", "attainment", "mean score", "effective score", "admitted, then failed", "p50 ms", "p99 ms",
         "batch", "busy", "answered in time by",
     ):  # fmt: skip
         table.add_column(column)
     for each in compared:
-        table.add_row(each.policy, *_cells(each.summary))
+        table.add_row(*map(Text, (each.policy, *_cells(each.summary))))
     if bound is not None:
         at_most = bound.accuracy_at[0] / bound.attainment if bound.attainment else 0.0
         table.add_row(_BOUND, f"{bound.attainment:.2%}", f"{at_most:.4f}", f"{bound.effective_accuracy:.4f}")
@@ -197,6 +215,27 @@ def _cells(summary: Summary) -> list[str]:
         f"{summary.utilisation:.0%}",
         shares,
     ]
+
+
+def _warn_of_contention(setting: Setting, profiled: int) -> None:
+    """Tell what executors beside one another would do, and this simulation does not know."""
+    if setting.executors < 2:
+        return
+    if all(variant.crowded is None for variant in setting.variants):
+        told = "without contention between them: no profile was measured with several busy"
+    elif setting.executors > profiled:
+        told = f"without contention between them beyond that of the {profiled} which were profiled"
+    else:
+        return
+    sys.stderr.write(f"gearshift simulate: {setting.executors} executors are simulated {told}\n")
+
+
+def _check_writable(path: Path) -> None:
+    """Raises SettingsError now rather than after all runs."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise SettingsError(f"--json {path}: {error.strerror}") from None
 
 
 def _write(path: Path, compared: Sequence[_Compared], bound: Bound | None) -> None:

@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.scheduling.admission import Defaults
 from server.scheduling.slo import OnInfeasible
@@ -22,7 +23,14 @@ class ProfilesError(ValueError):
     """A file that describes no variants; the text is for a person."""
 
 
-class _Interval(BaseModel):
+_Milliseconds = Annotated[float, Field(gt=0, le=86_400_000)]  # a day, as for the settings of a server
+
+
+class _Finite(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class _Interval(_Finite):
     value: float = Field(ge=0, le=1)
     low: float = Field(ge=-1, le=1)
     high: float = Field(ge=-1, le=1)
@@ -32,12 +40,12 @@ class _Drop(_Interval):
     value: float = Field(ge=-1, le=1)
 
 
-class _AtLength(BaseModel):
+class _AtLength(_Finite):
     elements: int = Field(ge=1)
-    latency_ms: dict[int, float]
+    latency_ms: dict[int, _Milliseconds]
 
 
-class _Described(BaseModel):
+class _Described(_Finite):
     variant: str
     state: State
     reason: str = ""
@@ -46,19 +54,19 @@ class _Described(BaseModel):
     device: str = ""
     accuracy: _Interval | None = None
     accuracy_drop: _Drop | None = None
-    latency_ms: dict[int, float] = {}
-    crowded_latency_ms: dict[int, float] = {}
+    latency_ms: dict[int, _Milliseconds] = {}
+    crowded_latency_ms: dict[int, _Milliseconds] = {}
     lengths: list[_AtLength] = []
     batchable: bool = True
 
 
-class _Slo(BaseModel):
-    latency_ms: float = Field(1000.0, gt=0)
+class _Slo(_Finite):
+    latency_ms: _Milliseconds = 1000.0
     max_accuracy_drop: float | None = Field(None, ge=0, le=1)
     on_infeasible: list[OnInfeasible] | None = None
 
 
-class _Model(BaseModel):
+class _Model(_Finite):
     model: str
     version: str = ""
     variants: list[_Described] | None = None

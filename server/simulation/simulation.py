@@ -2,13 +2,15 @@
 
 Rules: the scheduler is the live one. What differs from a server is drawn from one seed: how long batches take around
 their profile, how long threads need to wake up, what a reply costs. Noise belongs to the request that leads a batch, so
-policies that are compared on one trace and seed meet the same luck.
+policies that are compared on one trace and seed meet the same luck. A request above the largest batch runs in parts as
+on a server: it ends with its last part, or the first that is not answered; the least accurate part speaks for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from math import exp, prod
 from random import Random
 
@@ -22,6 +24,9 @@ from server.scheduling.slo import ModelKey, Outcome, Request
 from server.simulation.virtual_server import VirtualServer
 from server.trace import Arrival
 from variants.variant import Variant
+
+MAX_PARTS = 256
+"""How many batches one request may fill, as on a server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,18 @@ class Ended:
     admitted: bool = False
     in_time: bool = False
     floor_met: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Parts:
+    """An arrival under way: its parts, how many of them are not answered yet, and what its answers came to so far."""
+
+    number: int
+    requests: list[Request] = field(default_factory=list)
+    missing: int = 0
+    place: int = -1
+    batch_size: int = 0
+    floor_met: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +123,8 @@ class Simulation(VirtualServer):
         self.exceeded = 0
         """Batches that took longer than predicted."""
         self._setting = setting
+        self._numbers = count()
+        self._largest = max(map(self.model.latency.max_batch_size, range(len(self.model.variants))))
         self._luck = [random.gauss(0.0, 1.0) for _ in trace]
         self._pauses_ns = [_pause_ns(noise, random) for _ in trace]
         for loss in setting.losses:
@@ -115,29 +134,47 @@ class Simulation(VirtualServer):
 
     def _arrive(self, number: int) -> None:
         """One arrival, and the plan for the next: the list of events stays short."""
-        arrival, setting = self.trace[number], self._setting
+        arrival = self.trace[number]
         if number + 1 < len(self.trace):
             self.at(self.trace[number + 1].at_ns, lambda: self._arrive(number + 1))
+        whole = _Parts(number)
+        samples = self._samples(arrival)
+        if len(samples) > MAX_PARTS:
+            self.ended[number] = Ended(Outcome.INVALID, self.now_ns)
+            return
         try:
-            request = make_request(
-                self.model,
-                arrival.slo,
-                setting.defaults,
-                number=number,
-                samples=arrival.samples,
-                size_bytes=0,
-                shape=arrival.shape,
-                arrival_ns=self.now_ns,
-                rpc_deadline_ns=None if arrival.timeout_ns is None else self.now_ns + arrival.timeout_ns,
-                length=sum(prod(shape) for shape in arrival.shape or ()),
-            )
+            whole.requests = [self._request(arrival, each, whole) for each in samples]
         except ServingError:
             self.ended[number] = Ended(Outcome.INFEASIBLE, self.now_ns)
             return
-        self.submit(request)
+        whole.missing = len(samples)
+        for request in list(whole.requests):
+            if self.ended[number] is None:
+                self.submit(request)
+
+    def _samples(self, arrival: Arrival) -> list[int]:
+        """The samples of each part: at most as many as the largest batch holds."""
+        most = self._largest
+        return [min(most, arrival.samples - start) for start in range(0, max(1, arrival.samples), most)]
+
+    def _request(self, arrival: Arrival, samples: int, whole: _Parts) -> Request:
+        """One part. Raises what `make_request` raises."""
+        return make_request(
+            self.model,
+            arrival.slo,
+            self._setting.defaults,
+            number=next(self._numbers),
+            samples=samples,
+            size_bytes=0,
+            shape=arrival.shape,
+            arrival_ns=self.now_ns,
+            rpc_deadline_ns=None if arrival.timeout_ns is None else self.now_ns + arrival.timeout_ns,
+            payload=whole,
+            length=sum(prod(shape) for shape in arrival.shape or ()),
+        )
 
     def _taken_ns(self, run: Run, profiled_ns: int) -> int:
-        leader = run.requests[0].number
+        leader = _whole(run.requests[0]).number
         factor = exp(self._setting.noise.deviation * self._luck[leader])
         taken_ns = max(1, int(profiled_ns * factor)) + self._pauses_ns[leader]
         self.busy_ns += taken_ns
@@ -152,15 +189,33 @@ class Simulation(VirtualServer):
         """Judge each answer by when its client has it."""
         at_ns = self.now_ns + self._setting.noise.reply_ns
         for request in requests:
-            in_time, floor_met = at_ns <= request.deadline_ns, bool(request.asked >> run.place & 1)
-            outcome = Outcome.LATE if not in_time else Outcome.OK if floor_met else Outcome.DEGRADED
-            self.ended[request.number] = Ended(outcome, at_ns, run.place, run.samples, True, in_time, floor_met)
+            whole = _whole(request)
+            whole.missing -= 1
+            whole.floor_met &= bool(request.asked >> run.place & 1)
+            if run.place > whole.place:
+                whole.place, whole.batch_size = run.place, run.samples
+            if whole.missing == 0:
+                in_time = at_ns <= request.deadline_ns
+                outcome = Outcome.LATE if not in_time else Outcome.OK if whole.floor_met else Outcome.DEGRADED
+                self._end(whole, Ended(outcome, at_ns, whole.place, whole.batch_size, True, in_time, whole.floor_met))
 
     def on_ended(self, ends: Iterable[End]) -> None:
         """Keep the refusals; what was admitted ends expired or failed."""
         for end in ends:
             admitted = end.outcome in (Outcome.EXPIRED, Outcome.FAILED)
-            self.ended[end.request.number] = Ended(end.outcome, self.now_ns, admitted=admitted)
+            self._end(_whole(end.request), Ended(end.outcome, self.now_ns, admitted=admitted))
+
+    def _end(self, whole: _Parts, end: Ended) -> None:
+        """The one end of an arrival: nobody waits for its other parts any more."""
+        if self.ended[whole.number] is None:
+            self.ended[whole.number] = end
+            for request in whole.requests:
+                self.scheduler.cancelled(request)
+            whole.requests = []  # a cycle would keep them until Python looks for cycles
+
+
+def _whole(request: Request) -> _Parts:
+    return request.payload  # type: ignore[return-value]
 
 
 def _pause_ns(noise: Noise, random: Random) -> int:

@@ -90,7 +90,7 @@ def latency_ns(name: str, milliseconds: float) -> int:
     """A latency asked for, in nanoseconds, at least 1. Raises InvalidRequest unless positive and finite."""
     if not (math.isfinite(milliseconds) and milliseconds > 0):
         raise InvalidRequest(f"parameter {quoted(name)} must be positive and finite, got {milliseconds}")
-    return max(1, min(int(milliseconds * 1_000_000), MAX_DURATION_NS))
+    return max(1, int(min(milliseconds * 1_000_000, MAX_DURATION_NS)))
 
 
 def fraction(name: str, value: float) -> float:
