@@ -123,7 +123,8 @@ def test_unloading_means_the_model_that_serves_when_its_turn_comes(ladder: Servi
     unload = ladder.v2.RepositoryModelUnload.future(pb.RepositoryModelUnloadRequest(model_name="ladder"))
     again = ladder.v2.RepositoryModelUnload.future(pb.RepositoryModelUnloadRequest(model_name="ladder"))
     gate.opened.set()
-    assert [each.code() for each in (call, load, unload, again)] == [Code.OK] * 3 + [Code.UNAVAILABLE]
+    assert [each.code() for each in (call, load)] == [Code.OK] * 2
+    assert {unload.code(), again.code()} == {Code.OK, Code.UNAVAILABLE}  # whichever of the two came first
     assert not ladder.server.models.served()
     assert not ladder.server.scheduler.models
 
