@@ -155,7 +155,7 @@ class Engine:
                 if run is None:
                     event_ns = self._scheduler.next_event_ns(now_ns)
                     wait_ns = None if event_ns is None else max(0, event_ns - now_ns)
-        finally:  # what has ended has left its queue: whatever goes wrong, nobody else would tell its client
+        finally:  # what was handed over has left its queue: whatever goes wrong, nobody else would tell its client
             self._end_all(ended)
         if run is not None:
             self._tell(Decided(run.model.name, now_ns - start_ns))
@@ -219,15 +219,17 @@ class Engine:
         inference.requests = [self._request(inference, part) for part in inference.parts()]
         inference.open_parts = len(inference.requests)
         inference.deadline_ns = inference.requests[0].deadline_ns
-        with self._lock:
-            if self._by_key.get(key) is not inference.model:
-                return False
-            self._inferences[call] = inference
-            for request in inference.requests:
-                ended += self._scheduler.arrived(request, self._clock())
-                if ended and ended[-1].request is request:
-                    break
-        self._end_all(ended)
+        try:
+            with self._lock:
+                if self._by_key.get(key) is not inference.model:
+                    return False
+                self._inferences[call] = inference
+                for request in inference.requests:
+                    ended += self._scheduler.arrived(request, self._clock())
+                    if ended and ended[-1].request is request:
+                        break
+        finally:  # as in `decide`
+            self._end_all(ended)
         return True
 
     def _request(self, inference: Inference, part: Part) -> Request:
@@ -327,9 +329,14 @@ class Engine:
             self._settled.notify_all()
 
     def _end_all(self, ended: Iterable[End]) -> None:
+        """Tell each of them; a bug met with one keeps neither the others from theirs nor a batch from running."""
         for end in ended:
             part: Part = end.request.payload  # type: ignore[assignment]
-            self._end(part.inference, end.outcome, end.error, part.failed_on if end.outcome is Outcome.FAILED else "")
+            variant = part.failed_on if end.outcome is Outcome.FAILED else ""
+            try:
+                self._end(part.inference, end.outcome, end.error, variant)
+            except Exception:
+                log.exception("ending a request of %s failed", end.request.model.name)
 
     def _end(self, inference: Inference, outcome: Outcome, error: ServingError, variant: str = "") -> None:
         """End an inference with an error, unless it has ended."""

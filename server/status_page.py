@@ -29,7 +29,7 @@ REASONS = {
     "pinned": "the request named it",
     "overload": "not everyone could be in time, and this batch serves the most",
     "late": "nothing could be in time any more",
-    "retry": "a batch with this request had failed",
+    "retry": "a batch with this request failed, or its executor was lost",
 }
 """The reasons that say more than which variants were passed over."""
 

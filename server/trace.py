@@ -173,8 +173,8 @@ def read_trace(path: Path) -> list[Arrival]:
     """The arrivals of a trace, by time. Raises TraceError for a file that is none, naming the line.
 
     The file is a recording (JSON lines), or offsets in seconds: one per line, or a CSV file whose header names the
-    column by no other words than time, timestamp, offset and arrival, and the unit by an ending such as `_ms`; else
-    the first column counts. Blank lines and lines that start with # are skipped. What was recorded of a request that
+    column by no other words than time, timestamp, offset and arrival, and the unit by an ending such as `_ms`; an only
+    column may have any name. Blank lines and lines that start with # are skipped. What was recorded of a request that
     was never read, such as an invalid one, cannot be replayed and is left out, with a warning that says how many.
     Several recordings in one file follow one another as they did in time.
     """
@@ -233,7 +233,8 @@ def _offsets(path: Path, lines: Sequence[tuple[int, str]]) -> list[Arrival]:
     rows = [(number, [cell.strip(' \t\r"') for cell in text.split(",")]) for number, text in lines]
     column, unit_ns = 0, _UNITS_NS["s"]
     if rows and _number(rows[0][1][0]) is None:
-        column, unit_ns = _column(rows.pop(0)[1])
+        number, header = rows.pop(0)
+        column, unit_ns = _column(f"{path}: line {number}", header)
     arrivals = []
     for number, cells in rows:
         offset = _number(cells[column]) if column < len(cells) else None
@@ -245,10 +246,12 @@ def _offsets(path: Path, lines: Sequence[tuple[int, str]]) -> list[Arrival]:
     return arrivals
 
 
-def _column(header: Sequence[str]) -> tuple[int, int]:
-    """Which column holds the offsets, and the nanoseconds of its unit."""
+def _column(where: str, header: Sequence[str]) -> tuple[int, int]:
+    """Which column holds the offsets, and the nanoseconds of its unit. Raises TraceError rather than guess."""
     words = [re.findall(r"[a-z0-9]+", name.lower()) for name in header]
-    column = next((at for at, said in enumerate(words) if _names_offsets(said)), 0)
+    column = next((at for at, said in enumerate(words) if _names_offsets(said)), None if len(words) > 1 else 0)
+    if column is None:
+        raise TraceError(f"{where}: no column is named time, timestamp, offset or arrival; name the one that counts so")
     unit = words[column][-1] if words[column] else "s"
     return column, _UNITS_NS.get(unit, _UNITS_NS["s"])
 

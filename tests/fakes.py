@@ -14,6 +14,8 @@ from server.events import Event, Listener, RequestEnded
 from server.models import Models, ServedModel
 from server.scheduling.admission import Defaults
 from server.scheduling.model_queue import ModelQueue
+from server.scheduling.policies import PolicyFactory
+from server.scheduling.policies.fitdrain import FitDrain
 from server.scheduling.scheduler import Scheduler
 from server.scheduling.slo import ModelKey
 from server.transport.transport import Call, Reply, Taken
@@ -134,7 +136,7 @@ def variant(name: str, score: float, latency_ns: int, state: State = State.ELIGI
 
 
 class World:
-    """An engine with one model `m` over fakes. Close it with `with`."""
+    """An engine with one model `m` over fakes; `with` lets its threads serve, else the test does their work."""
 
     def __init__(
         self,
@@ -142,17 +144,20 @@ class World:
         variants: Sequence[Variant],
         executors: int = 1,
         listeners: Sequence[Listener] = (),
+        policy: PolicyFactory = FitDrain,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.transport = FakeTransport()
         self.recorder = Recorder()
         self.models = Models()
         self.engine = Engine(
-            scheduler=Scheduler(executors, max_requests=1000, max_bytes=1 << 30),
+            scheduler=Scheduler(executors, max_requests=1000, max_bytes=1 << 30, policy=policy),
             models=self.models,
             transport=self.transport,
             services=NoServices(),
             listeners=[*listeners, self.recorder],
             executors=executors,
+            clock=clock,
         )
         queue = ModelQueue(ModelKey("m", "1"), variants)
         signature = Signature(FakeSession.inputs, FakeSession.outputs, 8)

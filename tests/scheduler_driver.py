@@ -246,7 +246,8 @@ class Driver:
 
     def _end(self, ends: Iterable[End]) -> None:
         for end in ends:
-            if end.outcome is Outcome.EXPIRED and self._drains and end.request.deadline_ns > end.request.arrival_ns:
+            could_wait = end.request.deadline_ns > end.request.arrival_ns and end.request.number not in self._gone
+            if end.outcome is Outcome.EXPIRED and self._drains and could_wait:
                 model = self.scheduler.models[end.request.model]
                 assert not in_time(model, end.request, self.now_ns), f"{end.request.number} was given up too early"
             self._ends(end.request, end.outcome.value)

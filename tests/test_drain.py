@@ -65,3 +65,11 @@ def test_the_most_urgent_request_of_another_model_counts() -> None:
     moment = Moment(0, 0, (), [rival])
     assert shortage(left_behind(model_of(ONE)), moment, 40 * MS - needed_ns) == (0, 0)
     assert shortage(left_behind(model_of(ONE)), moment, 40 * MS - needed_ns + 1) == (1, 0)
+
+
+def test_a_patient_request_of_another_model_waits_behind_more_urgent_ones() -> None:
+    """What another model has a minute for makes nobody here late, whoever waits here or is about to come."""
+    rival = model_of(variant("fp32", 0.9, 149, 1))
+    queue_up(rival, Arrival(0, slo(60_000)))
+    mine = lone(Arrival(0, slo(60)), Arrival(0, slo(60)))
+    assert shortage(left_behind(mine), Moment(0, 0, (), [rival]), 10 * MS) == (0, 0)

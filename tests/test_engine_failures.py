@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,10 @@ from fakes import WAIT_S, FakeSession, Gate, World, answer, infer_call, one_vari
 
 from server.events import BatchRan, Event, RequestEnded
 from server.scheduling.model_queue import ModelQueue
-from server.scheduling.slo import ModelKey
+from server.scheduling.policies.fitdrain import FitDrain
+from server.scheduling.policy import Decision, Moment
+from server.scheduling.slo import ModelKey, Request
+from server.transport.transport import Call, Reply, Taken
 from variants.runtimes.runtime import Array
 
 MS = 1_000_000
@@ -162,6 +165,85 @@ def test_an_answer_that_cannot_be_encoded_harms_no_other() -> None:
         assert answer(world.transport.reply_to(mate))[0, 0] == 10
         assert world.engine.drain(WAIT_S)
     assert world.recorder.outcomes() == ["failed", "ok"]
+
+
+class Struck(FitDrain):
+    """Has a bug that `struck` lets it meet, in `decide` or on the second part of a request."""
+
+    struck = False
+
+    def arrived(self, model: ModelQueue, request: Request, now_ns: int) -> None:
+        if self.struck and model.waiting > 1:
+            raise RuntimeError("a bug")
+
+    def decide(self, model: ModelQueue, moment: Moment) -> Decision:
+        if self.struck:
+            raise RuntimeError("a bug")
+        return super().decide(model, moment)
+
+
+class Stepped:
+    """An engine without threads, whose clock stands still until it is told the time in ms: the test does each step."""
+
+    def __init__(self) -> None:
+        self.now_ns = 10**15
+        self.policy = Struck()
+        one = {"fp32": FakeSession()}, [variant("fp32", 1.0, MS)]
+        self.world = World(*one, policy=lambda: self.policy, clock=lambda: self.now_ns)
+
+    def call(self, latency_ms: float, rows: int = 1) -> Call:
+        """A call that arrives now and is admitted, or not."""
+        call = infer_call([[0, 0]] * rows, slo_latency_ms=float(latency_ms))
+        call.arrival_ns = self.now_ns
+        self.world.engine.handle(Taken([call], []))
+        return call
+
+    def codes(self, *calls: Call) -> list[int | None]:
+        """The status codes that calls were told; None for those without a reply."""
+        replies = [self.world.transport.replies.get(call, []) for call in calls]
+        return [reply[0].status.code if reply and reply[0].status is not None else None for reply in replies]
+
+
+def test_who_expired_before_the_policy_met_a_bug_is_told_at_once() -> None:
+    """The scheduler has let go of it by then, and will not speak of it again."""
+    stepped = Stepped()
+    hopeless, patient = stepped.call(20), stepped.call(500)
+    stepped.now_ns += 20 * MS
+    stepped.policy.struck = True
+    with pytest.raises(RuntimeError):
+        stepped.world.engine.decide(0)
+    assert stepped.codes(hopeless, patient) == [DEADLINE_EXCEEDED, None]
+
+
+def test_who_expired_while_a_call_was_half_admitted_is_told_although_the_call_fails() -> None:
+    """Admitting its first part found somebody hopeless; its second part met a bug."""
+    stepped = Stepped()
+    hopeless = stepped.call(20)
+    stepped.now_ns += 20 * MS
+    stepped.policy.struck = True
+    assert stepped.codes(hopeless, stepped.call(500, rows=9)) == [DEADLINE_EXCEEDED, INTERNAL]
+
+
+def test_an_end_that_cannot_be_told_costs_neither_another_its_own_nor_a_batch_its_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A reply that fails is that client's loss alone."""
+    stepped = Stepped()
+    lost, told, patient = stepped.call(20), stepped.call(20), stepped.call(500)
+    reply = stepped.world.transport.reply
+
+    def failing(replies: Sequence[Reply]) -> None:
+        if any(each.call is lost for each in replies):
+            raise OSError("no way to this client")
+        reply(replies)
+
+    monkeypatch.setattr(stepped.world.transport, "reply", failing)
+    stepped.now_ns += 20 * MS
+    run, _ = stepped.world.engine.decide(0)
+    assert run is not None
+    stepped.world.engine.execute(run)
+    assert stepped.codes(lost, told) == [None, DEADLINE_EXCEEDED]
+    assert answer(stepped.world.transport.reply_to(patient)).shape == (1, 2)
 
 
 def test_a_client_that_goes_while_its_batch_is_answered_harms_no_mate() -> None:

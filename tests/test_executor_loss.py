@@ -12,6 +12,7 @@ from server.scheduling.scheduler import Scheduler
 from server.scheduling.slo import OnInfeasible, Outcome, Request
 from variants.variant import REFERENCE
 
+DEGRADE, LATE, REJECT = OnInfeasible.DEGRADE, OnInfeasible.LATE, OnInfeasible.REJECT
 SECOND = 1000 * MS
 
 
@@ -123,11 +124,54 @@ def test_a_pinned_request_is_tried_on_another_executor_when_its_own_is_stuck() -
 
 def test_who_waits_for_a_stuck_executor_in_vain_ends_at_the_deadline() -> None:
     """Too late to be tried elsewhere, it is told when its time is over, and not when the executor comes back."""
-    for on_infeasible, ended in [((), (Outcome.EXPIRED, 255 * MS + 1)), ((OnInfeasible.LATE,), (Outcome.LATE, SECOND))]:
-        world = stuck_on(0, SECOND)
-        number = world.arrive(Arrival(0, slo(255, None, *on_infeasible, variant=REFERENCE)))[0]
-        world.run()
-        assert (world.outcome(number), world.ended[number].at_ns) == ended
+    world = stuck_on(0, SECOND)
+    number = world.arrive(Arrival(0, slo(255, variant=REFERENCE)))[0]
+    world.run()
+    assert (world.outcome(number), world.ended[number].at_ns) == (Outcome.EXPIRED, 255 * MS + 1)
+
+
+@pytest.mark.parametrize("latency_ms", [200, 255])
+@pytest.mark.parametrize("on_infeasible", [(LATE,), (DEGRADE, LATE), (LATE, REJECT)])
+def test_who_may_be_late_is_answered_late_by_another_executor(
+    on_infeasible: tuple[OnInfeasible, ...], latency_ms: int
+) -> None:
+    """Over or too near, its deadline is no reason to wait an hour for the stuck one while another idles."""
+    world = stuck_on(0, 3600 * SECOND)
+    number = world.arrive(Arrival(0, slo(latency_ms, None, *on_infeasible, variant=REFERENCE)))[0]
+    world.run(until_ns=SECOND)
+    assert world.outcome(number) is Outcome.LATE
+    assert [batch.executor for batch in world.batches] == [0, 1]
+
+
+def test_late_that_comes_after_reject_is_not_asked_for_when_an_executor_is_stuck_either() -> None:
+    """It ends like one that says `reject` alone."""
+    world = stuck_on(0, 3600 * SECOND)
+    plain, longer = world.arrive(*[Arrival(0, slo(200, None, *asked)) for asked in ((REJECT,), (REJECT, LATE))])
+    world.run(until_ns=SECOND)
+    assert world.outcome(longer) is world.outcome(plain) is Outcome.EXPIRED
+
+
+def test_who_finds_no_room_for_late_work_ends_at_the_deadline() -> None:
+    """It may be late, but as much late work waits as may: there it cannot wait, and for the executor not for ever."""
+    asked = slo(255, None, LATE, variant=REFERENCE)
+    scheduler, (request,), _ = started(2, model_of(), Arrival(0, asked))
+    half = ask(scheduler.models[request.model], Arrival(0, slo(1, None, LATE), size_bytes=1 << 19), 1)
+    assert scheduler.arrived(half, 0) == []
+    assert scheduler.tick(251 * MS) == []
+    assert request.queue is None
+    assert scheduler.next_event_ns(251 * MS) == 255 * MS + 1
+    assert [(end.request, end.outcome) for end in scheduler.tick(255 * MS + 1)] == [(request, Outcome.EXPIRED)]
+
+
+def test_whose_client_has_gone_nobody_waits_for_a_stuck_executor() -> None:
+    """It ends when the executor is given up on, or when its client goes after that, although it might be late."""
+    asked = slo(200, None, LATE)
+    scheduler, (early, late), _ = started(1, model_of(), *[Arrival(0, asked)] * 2)
+    late.retried = late.late = True  # so nobody tries it again
+    assert not scheduler.cancelled(early)
+    assert [end.request for end in scheduler.tick(SECOND)] == [early]
+    assert not scheduler.cancelled(late)
+    assert [end.request for end in scheduler.tick(SECOND)] == [late]
 
 
 def test_a_stuck_executor_that_fails_after_all_ends_only_who_waited_for_it() -> None:
@@ -135,7 +179,7 @@ def test_a_stuck_executor_that_fails_after_all_ends_only_who_waited_for_it() -> 
     pin, free = slo(600, variant=REFERENCE), slo(600)
     model = model_of()
     scheduler, (pinned, mate), run = started(1, model, Arrival(0, pin), Arrival(0, free))
-    pinned.abandoned = True  # its client has gone, so nobody tries it again
+    pinned.retried = True  # so nobody tries it again
     given_up_ns = 251 * MS + 10 * run.predicted_ns
     assert scheduler.tick(given_up_ns) == []
     assert list(model.regular) == [mate]
@@ -179,7 +223,7 @@ def test_who_could_only_be_tried_again_on_the_lost_executor_waits_for_it() -> No
 
 def test_when_the_clock_jumps_ahead_the_hopeless_end_and_the_late_are_served() -> None:
     """After a host's minute of sleep every request that waits ends, and service goes on as before."""
-    late = slo(60, None, OnInfeasible.LATE)
+    late = slo(60, None, LATE)
     world = World(model_of(), check=False)
     world.arrive(Arrival(0, slo(500)), *[Arrival(MS, slo(60))] * 3, *[Arrival(MS, late)] * 3)
     world.run(until_ns=MS)

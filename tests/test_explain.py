@@ -159,3 +159,19 @@ def test_behind_others_the_answer_is_still_about_this_request() -> None:
     found = ask(Slo(latency_ns=500 * MS, max_accuracy_drop=0.0), queue=queue)
     assert (found.variant, found.reason) == ("fp32", "queue")
     assert queue.waiting == 1
+
+
+def test_where_long_inputs_wait_the_question_is_about_a_long_one() -> None:
+    """A long input takes fp32 80 ms instead of 10: in 60 ms int8 answers where such a one waits, else fp32."""
+    variants = []
+    for each, slower in ((FP32, variant("fp32", 80, 0)), (INT8, variant("int8", 16, 0))):
+        assert each.profile is not None
+        assert slower.profile is not None
+        variants.append(replace(each, lengths=((100, each.profile), (400, slower.profile))))
+    for length, answers in ((100, "fp32"), (400, "int8")):
+        queue = ModelQueue(ModelKey("m", "1"), variants)
+        waiting = make_request(
+            queue, Slo(), DEFAULTS, number=1, samples=1, size_bytes=0, shape=(length,), arrival_ns=NOW, length=length
+        )
+        queue.add(waiting)
+        assert ask(Slo(latency_ns=60 * MS), queue=queue).variant == answers

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from random import Random
 
 import pytest
-from scheduling_models import MS, Arrival, five_variants, model_of, queue_up, slo, variant
+from scheduling_models import MS, Arrival, ask, five_variants, model_of, queue_up, slo, variant
 from scheduling_world import World
 
 from server.scheduling.admission import Defaults, Load
@@ -15,6 +17,7 @@ from server.scheduling.explain import Explanation, explain
 from server.scheduling.forecast import ArrivalForecast
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.policies.fitdrain import FitDrain
+from server.scheduling.scheduler import Run, Scheduler
 from server.scheduling.slo import OnInfeasible, Slo
 
 NOW = 1_000_000 * MS
@@ -141,3 +144,103 @@ def test_what_is_explained_is_what_then_runs() -> None:
         world.run()
         agreed += world.ended[number].variant == (found.variant or "none")
     assert agreed >= 45
+
+
+def asked_live(scheduler: Scheduler, model: ModelQueue, wanted: Slo, now_ns: int) -> tuple[Explanation, Run]:
+    """What is explained of a model on a live scheduler, and the batch that the request then really runs in."""
+    load, policy = scheduler.load(model, now_ns), scheduler.policy(model.key)
+    found = explain(model, model.variants, wanted, DEFAULTS, load, policy)
+    request = ask(model, Arrival(now_ns, wanted), 1_000_000)
+    scheduler.arrived(request, now_ns)
+    run, _ = scheduler.decide(0, now_ns)
+    assert run is not None
+    assert request in run.requests
+    return found, run
+
+
+def serving(*models: ModelQueue) -> Scheduler:
+    """A scheduler with one executor and these models."""
+    scheduler = Scheduler(1, max_requests=1000, max_bytes=1 << 40)
+    for model in models:
+        scheduler.add_model(model)
+    return scheduler
+
+
+def test_room_for_tight_requests_of_another_model_is_explained() -> None:
+    """Ten milliseconds apart the other model gets requests that allow ten: the best variant would hold the next up."""
+    model, other = model_of(), model_of(name="n")
+    scheduler, now_ns = serving(model, other), NOW
+    for number in range(60):
+        now_ns += 10 * MS
+        scheduler.arrived(ask(other, Arrival(now_ns, slo(10), "n"), number), now_ns)
+        run, _ = scheduler.decide(0, now_ns)
+        if run is not None:
+            now_ns += (took_ns := other.latency.profiled_ns(run.place, run.samples))
+            scheduler.finished(run, now_ns, took_ns)
+    found, run = asked_live(scheduler, model, slo(300), now_ns)
+    assert (found.variant, found.reason) == (run.variant, run.reason)
+    assert run.reason == "reserve"
+
+
+@pytest.mark.parametrize("had_ms", [0, 30])
+def test_a_waiting_request_of_a_rival_is_explained(had_ms: int) -> None:
+    """One of a model that had no more time than any counts, though the idle model that is asked about had less yet."""
+    model, rival = model_of(), model_of(name="n")
+    scheduler = serving(model, rival)
+    rival.served_ns = had_ms * MS
+    if had_ms:  # a first run of the rival's is what an idle model is then level with
+        scheduler.arrived(ask(rival, Arrival(NOW, slo(500), "n"), 0), NOW)
+        first, _ = scheduler.decide(0, NOW)
+        assert first is not None
+        scheduler.finished(first, NOW, 0)
+        assert rival.served_ns == had_ms * MS
+    scheduler.arrived(ask(rival, Arrival(NOW, slo(14), "n"), 1), NOW)
+    found, run = asked_live(scheduler, model, slo(13), NOW)
+    assert (found.variant, found.reason) == (run.variant, run.reason)
+    assert run.reason == "drain"
+
+
+def test_the_turn_that_passes_to_a_rival_is_explained() -> None:
+    """The batch ahead brings this model's share up to the rival's, whose request would then be late behind fp32."""
+    model = model_of(variant("fp32", 0.913, 10, 0, sizes=(1,)), variant("amp", 0.912, 5, 0, sizes=(1,)))
+    rival = model_of(variant("fp32", 0.913, 8, 0, sizes=(1,)), name="n")
+    scheduler = serving(model, rival)
+    rival.served_ns = 5 * MS
+    rival.add(ask(rival, Arrival(NOW, slo(31), "n"), 0))
+    model.add(ask(model, Arrival(NOW, slo(12)), 1))
+    found = explain(model, model.variants, slo(30), DEFAULTS, scheduler.load(model, NOW), FitDrain())
+    assert model.served_ns == 0
+    scheduler.arrived(second := ask(model, Arrival(NOW, slo(30)), 2), NOW)
+    ahead, _ = scheduler.decide(0, NOW)
+    assert ahead is not None
+    now_ns = NOW + ahead.predicted_ns
+    scheduler.finished(ahead, now_ns, ahead.predicted_ns)
+    run, _ = scheduler.decide(0, now_ns)
+    assert run is not None
+    assert (ahead.variant, run.variant, run.reason, run.requests) == ("fp32", "amp", "drain", (second,))
+    assert (found.variant, found.reason) == ("amp", "queue")
+
+
+def test_the_request_itself_is_one_of_those_to_be_expected() -> None:
+    """Another like it would wait too long behind fp32, which would be in time for this one alone."""
+    model = model_of(variant("fp32", 0.913, 100, 0), variant("amp", 0.912, 20, 0))
+    found, run = asked_live(serving(model), model, slo(120), NOW)
+    assert (found.variant, found.reason) == (run.variant, run.reason) == ("amp", "reserve")
+
+
+def test_asking_leaves_the_other_models_alone() -> None:
+    """Neither a fair share nor what is remembered of anybody's requests changes, however far the question looks."""
+    model, other = model_of(), model_of(name="n")
+    scheduler = serving(model, other)
+    for number in range(4):
+        for each in (model, other):
+            scheduler.arrived(ask(each, Arrival(NOW + number, slo(100), each.key.name), number), NOW + number)
+    patience, served = [each.patience for each in (model, other)], [each.served_ns for each in (model, other)]
+    seen = deepcopy([vars(each) for each in patience])
+    load = scheduler.load(model, NOW + 4)
+    for free_ns in (NOW + 4, NOW + 10_000 * MS):
+        asking = replace(load, free_ns=[free_ns])
+        assert explain(model, model.variants, slo(20_000), DEFAULTS, asking, scheduler.policy(model.key)).variant
+    assert [each.patience for each in (model, other)] == patience
+    assert [vars(each) for each in patience] == seen
+    assert [each.served_ns for each in (model, other)] == served

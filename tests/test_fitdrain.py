@@ -139,6 +139,18 @@ def test_requests_may_be_upgraded_into_the_batch_of_a_strict_one() -> None:
     assert chosen(model, choose(model, 0, [])) == ("fp32", [0, 1, 2, 3], "best")
 
 
+def test_nobody_is_upgraded_into_a_batch_that_would_keep_another_waiting_too_long() -> None:
+    """The strict one runs alone where a larger batch of its variant would make the next shape late."""
+    model = model_with(within(20, floor=0.913), *[within(21)] * 2, within(25, shape=(9,)))
+    assert chosen(model, choose(model, 0, []))[:2] == ("fp32", [0])
+
+
+def test_who_fits_no_batch_is_not_looked_for_among_thousands() -> None:
+    """Requests too large for what is left of a batch are passed over up to a bound, whatever waits behind them."""
+    model = model_with(within(8), *[within(1000, samples=8)] * 400, *[within(1001)] * 8)
+    assert chosen(model, choose(model, 0, []))[1] == [0]
+
+
 def test_shapes_never_mix_and_the_most_urgent_shape_goes_first() -> None:
     """The anchor's shape alone fills the batch."""
     model = model_with(

@@ -48,6 +48,15 @@ def test_samples_count_not_requests() -> None:
     assert eights.expected(SECOND, 12 * SECOND) > 7 * ones.expected(SECOND, 12 * SECOND)
 
 
+def test_the_margin_grows_with_load_and_stays_finite() -> None:
+    """A busy server leaves more room for bursts than a calm one, by a bounded factor even when saturated."""
+    forecast = ArrivalForecast()
+    now_ns = steady(forecast, 500, 10 * SECOND, 2.0)
+    margins = [forecast.expected(100 * MS, now_ns, load) - 50.0 for load in (0.0, 0.4, 0.6, 0.9, 1.0, 7.0)]
+    assert margins[0] == margins[1] < margins[2] < margins[3] <= margins[4] == margins[5]
+    assert margins[5] == pytest.approx(16 * margins[0], rel=0.1)
+
+
 def test_bursty_arrivals_are_forecast_wider_than_steady_ones_of_the_same_rate() -> None:
     """The index of dispersion widens the forecast."""
     even, bursty = ArrivalForecast(), ArrivalForecast()

@@ -58,14 +58,41 @@ def test_a_margin_is_narrow_again_soon_after_a_bad_moment() -> None:
 
 
 def test_old_scores_are_forgotten_even_where_nothing_new_comes() -> None:
-    """What was refused is never measured: after ten seconds the start counts again."""
+    """Of what was a minute ago nothing is left."""
     margin = Margin()
     for batch in range(50):
         margin.observe(4.0, batch * MS)
+    assert not margin.forget(59 * SECOND)
     assert margin.value > 2.0
-    assert margin.forget(20 * SECOND)
+    assert margin.forget(61 * SECOND)
     assert margin.value == START
-    assert not margin.forget(30 * SECOND)
+    assert not margin.forget(70 * SECOND)
+
+
+def test_after_a_refusal_scores_are_void_as_soon_as_nothing_new_comes() -> None:
+    """What was refused is never measured: a second later the start counts again, unless something was measured."""
+    margin = Margin()
+    for batch in range(50):
+        margin.observe(4.0, batch * MS)
+    margin.doubted = True
+    assert not margin.forget(SECOND // 2)
+    margin.observe(4.0, SECOND // 2)
+    assert not margin.forget(2 * SECOND)
+    margin.doubted = True
+    assert margin.forget(2 * SECOND)
+    assert margin.value == START
+
+
+@pytest.mark.parametrize("gap_ns", [SECOND // 10, SECOND, 2 * SECOND])
+def test_sparse_batches_are_learnt_from_too(gap_ns: int) -> None:
+    """Up to seconds apart, the window holds enough of them to see that one in ten takes half as long again."""
+    random, margin, missed = Random(1), Margin(), 0  # noqa: S311 - repeatable on purpose
+    for batch in range(1000):
+        score = 1.6 if random.random() < 0.1 else 1.0
+        margin.forget(batch * gap_ns)
+        missed += batch >= 200 and score > margin.value
+        margin.observe(score, batch * gap_ns)
+    assert missed / 800 < 0.03
 
 
 def test_one_bad_batch_among_few_is_no_reason_for_a_wide_margin() -> None:

@@ -44,6 +44,25 @@ def test_a_lone_tight_request_is_no_reason_to_hold_anything_back() -> None:
     assert laxity_ms(model, patience, now_ns, within_ms=1000) is not None
 
 
+def test_who_is_too_tight_for_anything_does_not_stand_in_the_way_of_others() -> None:
+    """Where nothing that could run leaves room for the tightest, the next tightest decides."""
+    model, patience, now_ns = seen(*[30, 100] * 10)
+    found = patience.laxity_ns(model.quickest_ns, now_ns, 100 * MS, least_ns=40 * MS)
+    assert found is not None
+    assert found > 40 * MS
+
+
+def test_a_new_kind_counts_at_once() -> None:
+    """The first tight request is kept in mind although the laxities were worked out only just now."""
+    model, patience, now_ns = seen(*[300] * 10)
+    before = laxity_ms(model, patience, now_ns)
+    patience.arrived(ask(model, Arrival(now_ns, slo(30)), 99), now_ns)
+    after = laxity_ms(model, patience, now_ns)
+    assert before is not None
+    assert after is not None
+    assert after < before
+
+
 def test_what_is_long_gone_is_forgotten() -> None:
     """A rush of tight requests does not bind the traffic of ten seconds later."""
     model, patience, now_ns = seen(*[30] * 50)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
-from scheduling_models import MS, Arrival, ask, model_of, slo, variant
+import pytest
+from scheduling_models import MS, Arrival, ask, model_of, queue_up, slo, variant
 from scheduling_world import World
 
-from server.scheduling.model_queue import REPLY_RESERVE_NS
-from server.scheduling.scheduler import Scheduler
-from server.scheduling.slo import OnInfeasible, Outcome, Slo
+from server.errors import Overloaded
+from server.scheduling.admission import QUEUE_FULL_RETRY_NS
+from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
+from server.scheduling.policies.fitdrain import FitDrain
+from server.scheduling.policy import Decision, Moment
+from server.scheduling.scheduler import End, Scheduler
+from server.scheduling.slo import OnInfeasible, Outcome, Request, Slo
 from variants.variant import State
 
 DEGRADE, LATE, REJECT = OnInfeasible.DEGRADE, OnInfeasible.LATE, OnInfeasible.REJECT
@@ -40,8 +45,9 @@ def test_a_deadline_that_had_passed_on_arrival_expires() -> None:
     world = World(model_of())
     passed = world.arrive(Arrival(10 * MS, rpc_deadline_ns=9 * MS))[0]
     late = world.arrive(Arrival(10 * MS, Slo(on_infeasible=(LATE,)), rpc_deadline_ns=9 * MS))[0]
+    rejected = world.arrive(Arrival(10 * MS, Slo(on_infeasible=(REJECT, LATE)), rpc_deadline_ns=9 * MS))[0]
     world.run()
-    assert (world.outcome(passed), world.outcome(late)) == (Outcome.EXPIRED, Outcome.LATE)
+    assert [world.outcome(n) for n in (passed, late, rejected)] == [Outcome.EXPIRED, Outcome.LATE, Outcome.EXPIRED]
 
 
 def test_a_request_that_degrades_while_it_waits_is_served_in_time() -> None:
@@ -154,6 +160,15 @@ def test_a_retry_without_time_is_a_failure_at_once() -> None:
     assert world.outcome(number) is Outcome.FAILED
 
 
+def test_a_retry_without_time_is_late_for_who_asked_for_that() -> None:
+    """Failed too near to its deadline to be tried again in time, it is answered late by another variant."""
+    world = World(model_of(), fails=lambda run: not run.requests[0].solo, service=lambda *_: 199 * MS)
+    number = world.arrive(Arrival(0, slo(200, None, LATE)))[0]
+    world.run()
+    assert (world.outcome(number), world.ended[number].at_ns) == (Outcome.LATE, 398 * MS)
+    assert world.batches[0].variant != world.batches[1].variant
+
+
 def test_a_waiting_request_that_is_cancelled_never_runs() -> None:
     """Cancelled in the queue, it is in no batch, and its neighbours are."""
     world = World(model_of())
@@ -202,6 +217,63 @@ def test_the_queue_is_bounded_in_count_and_bytes() -> None:
     world.run()
     assert world.outcome(huge) is Outcome.REJECTED, "it would not fit into an empty queue"
     assert [world.outcome(number) for number in (*fits, again)] == [Outcome.OK] * 4
+
+
+def test_who_finds_the_queue_full_is_told_to_come_back_when_it_has_drained() -> None:
+    """The hint is the time that the executors need for what waits, and never so short that it invites a storm."""
+    scheduler = Scheduler(2, max_requests=500, max_bytes=10_000)
+    short, long = model_of(name="short"), model_of(name="long")
+    for model, waiting in [(short, 10), (long, 500)]:
+        scheduler.add_model(model)
+        queue_up(model, *[Arrival(0, slo(5000), model=model.key.name, size_bytes=1)] * waiting)
+    hints_ns = []
+    for model, size_bytes in [(short, 9_999), (long, 1)]:
+        (end,) = scheduler.arrived(ask(model, Arrival(0, slo(5000), size_bytes=size_bytes), 1000), 0)
+        assert isinstance(end.error, Overloaded)
+        hints_ns.append(end.error.retry_after_ns)
+    drained_ns = [model.backlog_ns() // 2 for model in (short, long)]
+    assert drained_ns[0] < QUEUE_FULL_RETRY_NS < drained_ns[1]
+    assert hints_ns == [QUEUE_FULL_RETRY_NS, drained_ns[1]]
+
+
+class Faulty(FitDrain):
+    """Gives up on everything that model `m` has waiting, and has a bug that other models meet."""
+
+    def arrived(self, model: ModelQueue, request: Request, now_ns: int) -> None:
+        if request.solo:
+            raise RuntimeError("a bug")
+
+    def decide(self, model: ModelQueue, moment: Moment) -> Decision:
+        if model.key.name != "m":
+            raise RuntimeError("a bug")
+        return Decision(give_up=tuple(model.regular))
+
+
+@pytest.mark.parametrize("call", ["decide", "arrived", "arrived and refused"])
+def test_who_ended_before_a_bug_struck_is_told_by_the_next_call(call: str) -> None:
+    """One model's requests are taken out, then something raises: their ends are not lost with it."""
+    scheduler = Scheduler(1, max_requests=2, max_bytes=1000, policy=Faulty)
+    m, n = model_of(), model_of(name="n")
+    scheduler.add_model(m)
+    scheduler.add_model(n)
+    request = ask(m, Arrival(0, slo(50)))
+    waiting = ask(n, Arrival(0, slo(500)), 1)
+    assert [*scheduler.arrived(request, 0), *scheduler.arrived(waiting, 0)] == []
+    ended: list[End] = []
+    if call == "decide":
+        with pytest.raises(RuntimeError):
+            scheduler.decide(0, 0)
+    else:
+        struck = ask(n, Arrival(50 * MS, slo(500)), 2)
+        struck.solo = True
+        with pytest.raises(RuntimeError):
+            scheduler.arrived(struck, 50 * MS)
+        if call == "arrived and refused":
+            refused = ask(n, Arrival(50 * MS, slo(500)), 3)
+            *ended, own = scheduler.arrived(refused, 50 * MS)
+            assert own.request is refused
+    ended += scheduler.tick(50 * MS)
+    assert [(end.request, end.outcome) for end in ended] == [(request, Outcome.EXPIRED)]
 
 
 def test_a_queue_delay_holds_a_batch_until_the_delay_is_over() -> None:

@@ -161,11 +161,31 @@ def test_a_short_slowdown_does_not_lock_an_idle_executor_out() -> None:
     assert sum(world.outcome(number) is Outcome.OK for number in later) > 0.98 * len(later)
 
 
+@pytest.mark.parametrize("gap_ns", [SECOND // 3, SECOND, 2 * SECOND])
+def test_a_slow_host_is_remembered_from_one_request_to_the_next(gap_ns: int) -> None:
+    """At three times the latency only the faster variant is in time; who comes every two seconds gets it too."""
+    family = [variant("fp32", 0.9, 9, 1), variant("amp", 0.89, 4, 1)]
+    world = World(model_of(*family), service=lambda _, profiled_ns: 3 * profiled_ns)
+    world.arrive(*[Arrival(number * gap_ns, slo(27)) for number in range(60)])
+    world.run()
+    assert all(world.outcome(number) is Outcome.OK for number in range(20, 60))
+
+
 def test_patient_requests_of_one_model_leave_room_for_tight_ones_of_another() -> None:
     """At low load, a model whose requests may wait long does not keep the executor from another's that may not."""
     world = World(model_of(name="m"), model_of(name="n"))
     world.arrive(*gamma_arrivals(1, 100, 1, 4.0, slo(300)))
     tight = world.arrive(*[replace(each, model="n") for each in gamma_arrivals(2, 30, 1, 4.0, slo(30))])
+    world.run()
+    assert sum(world.outcome(number) is not Outcome.OK for number in tight) <= 2
+
+
+def test_requests_too_tight_to_protect_leave_the_others_protected() -> None:
+    """A third model with hardly time for its fastest variant does not cost the second its room beside the first."""
+    world = World(model_of(name="m"), model_of(name="n"), model_of(name="c"))
+    world.arrive(*gamma_arrivals(11, 100, 1, 4.0, slo(300)))
+    tight = world.arrive(*[replace(each, model="n") for each in gamma_arrivals(12, 30, 1, 4.0, slo(30))])
+    world.arrive(*[replace(each, model="c") for each in gamma_arrivals(13, 30, 1, 4.0, slo(4.5))])
     world.run()
     assert sum(world.outcome(number) is not Outcome.OK for number in tight) <= 2
 

@@ -195,3 +195,19 @@ def test_contention_that_was_not_measured_is_told(
     assert err.count("\n") == 1
     assert "4 executors are simulated without contention between them: " in err
     assert run(capsys, *load, alone, "--executors", 1)[2] == ""
+
+
+def test_an_interrupted_simulation_leaves_no_file(
+    profiles: Path, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C before there are figures: no empty file stays, and those of an earlier simulation do."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.simulation.command.simulate", interrupted)
+    (tmp_path / "old").write_text("{}")
+    for name in ("old", "new"):
+        assert run(capsys, "--profiles", profiles, "--trace", trace, "--json", tmp_path / name)[0] == 130
+    assert (tmp_path / "old").read_text() == "{}"
+    assert not (tmp_path / "new").exists()

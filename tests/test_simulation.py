@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -201,3 +202,17 @@ def test_a_request_of_more_parts_than_a_server_takes_is_invalid() -> None:
         (end,) = simulate(setting, [Arrival(0, samples=samples)], FitDrain).ended
         assert end is not None
         assert end.outcome is outcome
+
+
+def test_parts_that_are_too_many_are_never_listed() -> None:
+    """A list of the million parts would take eight megabytes."""
+    setting = Setting([variant("fp32", 0.913, 1, 1, sizes=(1, 2))])
+    tracemalloc.start()
+    try:
+        (end,) = simulate(setting, [Arrival(0, samples=2_000_000)], FitDrain).ended
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert end is not None
+    assert end.outcome is Outcome.INVALID
+    assert peak_bytes < 2_000_000

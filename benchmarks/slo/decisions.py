@@ -1,9 +1,9 @@
 """What the scheduler itself costs on this host: `python -m benchmarks.slo.decisions`.
 
-So many requests wait, of so many shapes and floor classes, all with time enough that none becomes hopeless. Then they
-keep coming: `arrive` is one arrival, `decide` what an idle executor's thread does (tick, decide, ask when to come
-back), and the cost per request is everything over the requests that were answered. Times, so only worth something
-beside each other.
+So many requests wait, of so many shapes, floor classes and sizes, all with time enough that none becomes hopeless. Then
+they keep coming: `arrive` is one arrival, `decide` what an idle executor's thread does (tick, decide, ask when to come
+back), and the cost per request is everything over the requests that were answered. At last, all that wait become
+hopeless at once: `expire` is what a tick then takes for each. Times, so only worth something beside each other.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from random import Random
 from time import perf_counter_ns
 from typing import TypeVar
 
-from benchmarks.slo.family import MS, family
+from benchmarks.slo.family import MAX_BATCH, MS, family
 from server.scheduling.admission import Defaults, make_request
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.scheduler import Run, Scheduler
@@ -38,6 +38,8 @@ class Load:
     queued: int
     shapes: int
     classes: int
+    sizes: int = 1
+    """Samples of the largest request."""
 
 
 class Bench:
@@ -67,9 +69,15 @@ class Bench:
             if run is None:
                 raise RuntimeError("the scheduler did not run anything though requests wait")
             _timed(self.finish_ns, partial(scheduler.finished, run, self._now_ns, run.predicted_ns))
-            self.answered += run.samples
-            for _ in range(run.samples):
+            self.answered += len(run.requests)
+            for _ in run.requests:
                 _timed(self.arrive_ns, partial(scheduler.arrived, self._request(), self._now_ns))
+
+    def expire_ns(self) -> int:
+        """The time to take out each of those that wait, all hopeless by now."""
+        ended: list[int] = []
+        hopeless = _timed(ended, partial(self._scheduler.tick, 2 * _BUDGET_NS))
+        return ended[0] // len(hopeless)
 
     def _decide(self) -> Run | None:
         self._scheduler.tick(self._now_ns)
@@ -81,10 +89,10 @@ class Bench:
         number = next(self._numbers)
         return make_request(
             self._model,
-            _CLASSES[number % self._load.classes],
-            Defaults(latency_ns=int(_BUDGET_NS * (0.5 + self._random.random()))),
+            replace(_CLASSES[number % self._load.classes], latency_ns=int(_BUDGET_NS * (0.5 + self._random.random()))),
+            Defaults(_BUDGET_NS),
             number=number,
-            samples=1,
+            samples=1 + number % self._load.sizes,
             size_bytes=0,
             shape=(number % self._load.shapes,),
             arrival_ns=self._now_ns,
@@ -100,11 +108,12 @@ def _timed(into: list[int], act: Callable[[], _T]) -> _T:
 
 
 def loads(most: int) -> Iterator[Load]:
-    """Every combination up to a queue length; as many shapes as requests is the worst that clients can do."""
+    """Up to a queue length, every combination of shapes and classes, and all classes in requests of many sizes."""
     for queued in (10, 100, 1000, 10_000):
         if queued <= most:
             for shapes in (1, 8, 1 << 30):
                 yield from (Load(queued, shapes, classes) for classes in (1, len(_CLASSES)))
+            yield Load(queued, 1, len(_CLASSES), MAX_BATCH)
 
 
 def main(words: Sequence[str]) -> int:
@@ -115,16 +124,19 @@ def main(words: Sequence[str]) -> int:
     chosen = parser.parse_args(words)
     if min(chosen.decisions, chosen.queued) < 1:
         parser.error("--decisions and --queued must be at least 1")
-    print("| queued | shapes | classes | arrive p50, p99 µs | decide p50, p99 µs | per request µs |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| queued | shapes | classes | samples | arrive p50, p99 µs | decide p50, p99 µs | per request µs | expire µs |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for load in loads(chosen.queued):
         bench = Bench(load)
         bench.run(chosen.decisions)
         spent_ns = sum(bench.arrive_ns) + sum(bench.decide_ns) + sum(bench.finish_ns)
         shapes = "all differ" if load.shapes > load.queued else str(load.shapes)
         print(
-            f"| {load.queued} | {shapes} | {load.classes} | {_percentiles(bench.arrive_ns)} "
-            f"| {_percentiles(bench.decide_ns)} | {spent_ns / bench.answered / 1e3:.0f} |",
+            f"| {load.queued} | {shapes} | {load.classes} | 1{f' to {load.sizes}' if load.sizes > 1 else ''} "
+            f"| {_percentiles(bench.arrive_ns)} | {_percentiles(bench.decide_ns)} "
+            f"| {spent_ns / bench.answered / 1e3:.0f} | {bench.expire_ns() / 1e3:.0f} |",
             flush=True,
         )
     return 0

@@ -6,7 +6,6 @@ Rules of this file: everything that can be wrong with the words given is told be
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from server.bench.load import CONNECT_S, Answer, Interrupted, Metadata, connecte
 from server.bench.report import read, span_s, summary
 from server.bench.requests import Planned, plan, read_data, target
 from server.bench.tables import show
+from server.figures import check_writable, write_figures
 from server.remote import read_file, told
 from server.settings import SettingsError
 from server.trace import Arrival
@@ -51,7 +51,7 @@ def bench(chosen: argparse.Namespace) -> int:
         raise SettingsError(f"--connections must be 1 to {MAX_CONNECTIONS}, got {chosen.connections}")
     arrivals = arrivals_of(chosen, chosen.model)
     if chosen.json:
-        _check_writable(chosen.json)
+        check_writable(chosen.json)
     trust, token = read_file(chosen.tls_ca), (read_file(chosen.token_file) or b"").strip()
     if chosen.token_file and not (token and token.isascii()):
         raise SettingsError(f"{chosen.token_file}: holds no token")
@@ -88,18 +88,6 @@ async def _load(
         return _Run(planned, answers, interrupted=False)
 
 
-def _check_writable(path: Path) -> None:
-    """A file made to see whether one can be made does not stay: the load may still fail. Raises SettingsError."""
-    file = path.resolve()
-    existed = file.exists()
-    try:
-        file.open("a").close()
-        if not existed:
-            file.unlink()
-    except OSError as error:
-        raise SettingsError(f"--json {path}: {error.strerror}") from None
-
-
 def _tell(chosen: argparse.Namespace, done: _Run) -> int:
     """Show and write the figures; 130 after Ctrl-C."""
     if not done.answers:
@@ -113,10 +101,7 @@ def _tell(chosen: argparse.Namespace, done: _Run) -> int:
     _warn_of_lag(facts["send_lag_ms"]["p99"], done.planned)
     _warn_of_streams(done.answers)
     if chosen.json:
-        try:
-            chosen.json.write_text(json.dumps(facts, indent=2) + "\n")
-        except OSError as error:
-            raise SettingsError(f"--json {chosen.json}: {error.strerror}") from None
+        write_figures(chosen.json, facts)
     return 130 if done.interrupted else 0
 
 

@@ -36,13 +36,16 @@ class Defaults:
 class Load:
     """The executors at one instant: when each is expected to be free, and the work that waits for other models.
 
-    `late_room` is how many bytes of late work may yet be queued, None where no such request may.
+    `late_room` is how many bytes of late work may yet be queued, None where no such request may. `others` are all other
+    models; `joins_ns` is the executor time that a model of which nothing waited is taken to have had, at the least.
     """
 
     now_ns: int
     free_ns: Sequence[int]
     others_backlog_ns: int
     late_room: int | None
+    others: Sequence[ModelQueue] = ()
+    joins_ns: int = 0
 
 
 def meets_floor(variant: Variant, slo: Slo) -> bool:

@@ -67,6 +67,11 @@ class DeadlineList:
         place = 0 if not_before_ns is None else bisect_left(self._entries, (not_before_ns,))
         return self._entries[place][2] if place < len(self._entries) else None
 
+    def before(self, instant_ns: int | None) -> list[Request]:
+        """The requests whose deadlines are before an instant; all of them without one."""
+        place = len(self._entries) if instant_ns is None else bisect_left(self._entries, (instant_ns,))
+        return [request for _, _, request in self._entries[:place]]
+
 
 def _take_out(entries: list[Entry], key: tuple[int, int], request: Request) -> None:
     place = bisect_left(entries, key)

@@ -8,7 +8,7 @@ conservative, not complete: batches of several floor classes, which are allowed,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
@@ -54,6 +54,23 @@ class _Stream:
 
 
 @dataclass(frozen=True, slots=True)
+class _Rival:
+    """Another model's most urgent request: a stream of one."""
+
+    entries: Sequence[Entry]
+    run_ns: int
+    left: int = 1
+
+    def next_place(self, place: int, _: set[Request]) -> int | None:
+        """The place of the only request, unless that was passed."""
+        return None if place else 0
+
+    def batch(self, slack_ns: int) -> tuple[int, int]:
+        """The request and its time, if that is within the slack."""
+        return int(self.run_ns <= slack_ns), self.run_ns
+
+
+@dataclass(frozen=True, slots=True)
 class Behind:
     """What a batch leaves waiting, by floor class, and the requests that it takes."""
 
@@ -89,47 +106,49 @@ def shortage(behind: Behind, moment: Moment, free_ns: int) -> Shortage:
     """
     free = [free_ns, *moment.others_free_ns]
     heapify(free)
-    for deadline_ns, run_ns in sorted(_rivals_heads(moment)):
-        late_ns = free[0] + run_ns - deadline_ns + REPLY_RESERVE_NS
-        if late_ns > 0:
-            return Shortage(late_ns)
-        heapreplace(free, free[0] + run_ns)
-    left = [stream.left for stream in behind.streams]
-    heads = [head for number in range(len(left)) if (head := _head(behind, number, 0)) is not None]
+    streams: list[_Stream | _Rival] = [*behind.streams, *_rivals(behind, moment, free_ns)]
+    left = [stream.left for stream in streams]
+    heads = [head for number in range(len(left)) if (head := _head(streams, number, 0, behind.gone)) is not None]
     heapify(heads)
     for _ in range(_STEPS):
         if not heads:
             break
         deadline_ns, number, place = heads[0]
-        requests, batch_ns = behind.streams[number].batch(deadline_ns - REPLY_RESERVE_NS - free[0])
+        slack_ns = deadline_ns - REPLY_RESERVE_NS - free[0]
+        requests, batch_ns = streams[number].batch(slack_ns)
         if not requests:
-            return Shortage(free[0] + batch_ns - deadline_ns + REPLY_RESERVE_NS)
+            return Shortage(batch_ns - slack_ns)
         heapreplace(free, free[0] + batch_ns)
         left[number] -= requests
-        head = _head(behind, number, place + requests)
+        head = _head(streams, number, place + requests, behind.gone)
         if head is None:
             heappop(heads)
         else:
             heapreplace(heads, head)
-    return _as_fluid(behind, moment, free_ns, free, left)
+    return _as_fluid(behind, moment, free_ns, free, left[: len(behind.streams)])
 
 
-def _head(behind: Behind, number: int, place: int) -> tuple[int, int, int] | None:
-    """The next request of a class: its deadline, the class's number and its place there; None at the end."""
-    stream = behind.streams[number]
-    found = stream.next_place(place, behind.gone)
-    return None if found is None else (stream.entries[found][2].deadline_ns, number, found)
+def _head(
+    streams: Sequence[_Stream | _Rival], number: int, place: int, gone: set[Request]
+) -> tuple[int, int, int] | None:
+    """The next request of a stream: its deadline, the stream's number and its place there; None at the end."""
+    found = streams[number].next_place(place, gone)
+    return None if found is None else (streams[number].entries[found][2].deadline_ns, number, found)
 
 
-def _rivals_heads(moment: Moment) -> list[tuple[int, int]]:
-    """The deadline and the run of every other model's most urgent request that can still be in time."""
-    heads = []
+def _rivals(behind: Behind, moment: Moment, free_ns: int) -> Iterator[_Rival]:
+    """Every other model's most urgent request that can still be in time.
+
+    Who has time after this batch, and more than a newcomer here would have, takes nothing from those who are to come.
+    """
+    newcomer_ns = moment.now_ns + behind.model.typical_budget_ns
     for rival in moment.rivals:
         head = rival.most_urgent(moment.now_ns)
         run_ns = None if head is None else rival.quickest_ns(head.allowed, head.samples, head.step)
         if head is not None and run_ns is not None:
-            heads.append((head.deadline_ns, run_ns))
-    return heads
+            due_ns = head.deadline_ns - REPLY_RESERVE_NS
+            if due_ns <= newcomer_ns or free_ns + run_ns > due_ns:
+                yield _Rival(((head.order_ns, head.number, head),), run_ns)
 
 
 def _as_fluid(behind: Behind, moment: Moment, free_ns: int, free: Sequence[int], left: Sequence[int]) -> Shortage:
@@ -141,17 +160,19 @@ def _as_fluid(behind: Behind, moment: Moment, free_ns: int, free: Sequence[int],
             last_deadline_ns = max(last_deadline_ns, stream.entries[-1][2].deadline_ns)
     if tail_ns and (late_ns := max(free) + tail_ns // len(free) - last_deadline_ns) > 0:
         return Shortage(late_ns)
-    arriving_ns = _arriving_ns(behind.model, moment.now_ns, free_ns)
+    arriving_ns = _arriving_ns(behind.model, moment.now_ns, free_ns, len(free))
     if not arriving_ns:
         return Shortage(0)
     drained_ns = (sum(free) + tail_ns + arriving_ns) // len(free)
     return Shortage(0, max(0, int(drained_ns - moment.now_ns - behind.model.typical_budget_ns)))
 
 
-def _arriving_ns(model: ModelQueue, now_ns: int, free_ns: int) -> int:
+def _arriving_ns(model: ModelQueue, now_ns: int, free_ns: int, executors: int) -> int:
     """Executor time of the arrivals to be expected during the batch, as a fluid on the fastest variant."""
     fastest = model.fastest(model.eligible)
     if fastest is None:
         return 0
     batch = model.throughput_batch(fastest)
-    return int(model.forecast.expected(free_ns - now_ns, now_ns) * model.latency.crowded_ns(fastest, batch) / batch)
+    each_ns = model.latency.crowded_ns(fastest, batch) / batch
+    load = model.forecast.rate(now_ns) * each_ns / 1e9 / executors
+    return int(model.forecast.expected(free_ns - now_ns, now_ns, load) * each_ns)

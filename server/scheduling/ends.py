@@ -35,7 +35,7 @@ def give_up(model: ModelQueue, request: Request, now_ns: int, late_room: int | N
             request.fallback = 0
             model.add(request)  # still hopeless? then the next round tries the next action
             return None
-        has_room = late_room is not None and request.size_bytes <= late_room
+        has_room = _has_room(request, late_room)
         if action is OnInfeasible.LATE and has_room and model.fitting(request.allowed, request.samples):
             request.late = True
             model.add(request)
@@ -47,16 +47,29 @@ def give_up(model: ModelQueue, request: Request, now_ns: int, late_room: int | N
     return End(request, Outcome.EXPIRED, error)
 
 
-def second_chance(model: ModelQueue, request: Request, run: Run, now_ns: int, *, blames_variant: bool) -> int:
-    """The variants on which a request of a failed batch may be tried again; none where that makes no sense.
+def second_chance(
+    model: ModelQueue, request: Request, run: Run, now_ns: int, late_room: int | None, *, blames_variant: bool
+) -> bool:
+    """Let a request of a failed batch wait to be tried again, alone; False where that makes no sense.
 
     Where the variant is to blame, another is taken; where there is none, only a request with batch-mates is tried on
-    the same: one of them may have poisoned the batch. Where the executor is to blame, any will do.
+    the same: one of them may have poisoned the batch. Where the executor is to blame, any will do. Who can no longer
+    be in time is tried again late, if it asked for that.
     """
     remaining = allowed = request.allowed & model.open_to(request)
     if blames_variant:
         remaining = allowed & ~(1 << run.place) or (allowed if len(run.requests) > 1 else 0)
     quickest_ns = model.quickest_ns(remaining, request.samples, request.step)
-    latest_ns = request.deadline_ns - REPLY_RESERVE_NS
-    hopeless = quickest_ns is None or (now_ns + quickest_ns > latest_ns and not request.late)
-    return 0 if request.retried or request.abandoned or hopeless else remaining
+    if request.retried or request.abandoned or quickest_ns is None:
+        return False
+    if now_ns + quickest_ns > request.deadline_ns - REPLY_RESERVE_NS and not request.late:
+        if not request.may_be_late or not _has_room(request, late_room):
+            return False
+        request.late = True
+    request.allowed, request.solo, request.retried = remaining, True, True
+    model.add(request)
+    return True
+
+
+def _has_room(request: Request, late_room: int | None) -> bool:
+    return late_room is not None and request.size_bytes <= late_room

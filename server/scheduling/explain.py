@@ -1,8 +1,9 @@
 """Which variant a request would get at this moment, why not each of the others, and what it would take for them.
 
-The question is put to the very policy that decides: the request is queued behind those who wait, what goes first is
-played forward, and everything is put back. For the variants that are passed over for the sake of others the policy is
-asked again at lower rates of arrival.
+The question is put to the very policy that decides: the request is queued behind those who wait, what goes first of its
+model is played forward, and everything is put back. Other models stay as they are: the policy makes room for them, but
+their batches are not played. For the variants that are passed over for the sake of others the policy is asked again at
+lower rates of arrival.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from server.scheduling.forecast import ArrivalForecast
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
 from server.scheduling.policy import Choice, Moment, PassedOver, Policy
 from server.scheduling.slo import Request, Slo
+from server.scheduling.turns import rivals
 from variants.variant import State, Variant
 
 _ANY_SHAPE = ("explain",)
@@ -137,12 +139,19 @@ class _Rehearsal:
     def __init__(self, model: ModelQueue, request: Request, load: Load, policy: Policy) -> None:
         self.model = model
         self._policy = policy
-        self._before = model.forecast, model.typical_budget_ns
+        self._others = load.others
+        self._before = model.forecast, model.typical_budget_ns, model.served_ns
+        self._patience = [(each, each.patience) for each in (model, *load.others)]
         noted = copy(model)
         noted.forecast = copy(model.forecast)
-        noted.note_arrival(request.samples, max(request.deadline_ns - load.now_ns, 1), load.now_ns)
+        noted.note_arrival(request.samples, max(request.deadline_ns - load.now_ns, 1), load.now_ns, request.step)
         self._forecast = model.forecast = _AsNow(noted.forecast, load.now_ns)
         model.typical_budget_ns = noted.typical_budget_ns
+        for each, patience in self._patience:
+            each.patience = patience.copy()  # asked about an instant to come, it forgets what is old by then
+        model.patience.arrived(request, load.now_ns)
+        if not model.queues:
+            model.served_ns = max(model.served_ns, load.joins_ns)
         self._free_ns = sorted(max(free, load.now_ns) for free in load.free_ns)
         self._out: list[Request] = []
         model.add(request)
@@ -152,7 +161,9 @@ class _Rehearsal:
         for each in self._out:
             self.model.add(each)
         self.model.remove(request)
-        self.model.forecast, self.model.typical_budget_ns = self._before
+        self.model.forecast, self.model.typical_budget_ns, self.model.served_ns = self._before
+        for model, patience in self._patience:
+            model.patience = patience
 
     def turn_of(self, request: Request) -> tuple[Choice | None, int]:
         """The batch that the request is in, and how many go first; None if it gives up or none comes up."""
@@ -164,6 +175,7 @@ class _Rehearsal:
             if choice is None or request in choice.requests:
                 return choice, batches
             self._take(choice.requests)
+            self.model.served_ns += choice.predicted_ns
             self._free_ns = sorted([self._free_ns[0] + choice.predicted_ns, *self._free_ns[1:]])
         return None, _MOST_BATCHES
 
@@ -183,7 +195,9 @@ class _Rehearsal:
         return least * now.rate(now.now_ns)
 
     def _decide(self) -> Choice | None:
-        return self._policy.decide(self.model, Moment(self._free_ns[0], 0, self._free_ns[1:])).choice
+        now_ns, *others_free_ns = self._free_ns
+        moment = Moment(now_ns, 0, others_free_ns, rivals(self.model, self._others), self._others)
+        return self._policy.decide(self.model, moment).choice
 
     def _end_hopeless(self) -> None:
         """Take out whoever can no longer be in time once an executor is free; the policy must not see them."""
@@ -207,10 +221,10 @@ class _AsNow(ArrivalForecast):
         """Samples per second."""
         return self._share * self.forecast.rate(self.now_ns)
 
-    def expected(self, duration_ns: int, now_ns: int) -> float:  # noqa: ARG002 - it stands still
+    def expected(self, duration_ns: int, now_ns: int, load: float = 0.0) -> float:  # noqa: ARG002 - it stands still
         """Samples to reckon with: the mean grows with the share, the margin for burstiness with its root."""
         mean = self.forecast.rate(self.now_ns) * duration_ns / 1e9
-        margin = self.forecast.expected(duration_ns, self.now_ns) - mean
+        margin = self.forecast.expected(duration_ns, self.now_ns, load) - mean
         return float(self._share * mean + self._share**0.5 * margin)
 
 

@@ -26,8 +26,7 @@ def late_batch(model: ModelQueue, spare_ns: int | None) -> Choice | None:
     None when not even its first request could be answered within the time that is to spare.
     """
     first = model.late.first()
-    fitting = model.fitting(first.allowed, first.samples)
-    variant = model.fastest(sum(1 << v for v in fitting)) if fitting else None
+    variant = model.fastest(first.allowed, first.samples)
     if variant is None:
         raise AssertionError("late work without a usable variant must have ended. This is a bug.")
     batch, samples = [first], first.samples

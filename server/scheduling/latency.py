@@ -109,6 +109,11 @@ class LatencyModel:
             for cell in self._biases:
                 self._use_bias(cell, self._relaxed_bias(cell, now_ns))
 
+    def doubt(self) -> None:
+        """Say that something was refused: should nothing new be measured now, old scores may be why."""
+        for margin in self._margins.values():
+            margin.doubted = True
+
     @property
     def here(self) -> Spot:
         """Where predictions are asked for."""

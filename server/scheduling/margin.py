@@ -4,8 +4,9 @@ A margin is a high quantile of what was seen lately, the *scores*: actual over p
 itself corrected (Gibbs and Candès, NeurIPS 2021): each miss asks for a higher one, each hit for a slightly lower one,
 so that in the long run `MISS_RATE` of the predictions are exceeded, whatever the noise and however it drifts.
 
-Scores are forgotten when they are old, all of them when there are no new ones, and too few are filled up with the
-starting margin: what was refused is never measured, so one bad moment must not lock an idle executor out.
+The window is of a minute: where like batches come more than seconds apart, the few that it holds promise less. Too few
+are filled up with the starting margin. What was refused is never measured, so that one bad moment must not lock an idle
+executor out: once something was refused and nothing new has been seen for a second, all scores are void.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ START = 1.15
 _LEAST, _MOST = 1.02, 4.0
 _WINDOW = 200  # scores remembered
 _ENOUGH = 100  # scores below which the starting margin stands in for those that are missing
-_AGE_NS = 10_000_000_000
-_REST_NS = 1_000_000_000  # after this long without a new score the old ones are void
+_AGE_NS = 60_000_000_000
+_REST_NS = 1_000_000_000  # after this long without a new score those that may have led to a refusal are void
 _STEP = 0.002
 _LEAST_RATE, _MOST_RATE = -0.02, 0.05
 _BEYOND = 5.0  # how much of the negative part of the rate is added to the largest score
 
 
 class Margin:
-    """The margin of one group of like predictions. `value` is current after `observe` or `forget`."""
+    """The margin of one group of like predictions. `value` is current after `observe` or `forget`.
+
+    `doubted` says that something was refused since the last score, perhaps for this margin's sake.
+    """
 
     def __init__(self) -> None:
         self.value = START
+        self.doubted = False
         self._rate = MISS_RATE
         self._scores: deque[tuple[int, float]] = deque()
         self._sorted: list[float] = []
@@ -37,6 +42,7 @@ class Margin:
     def observe(self, score: float, now_ns: int) -> None:
         """Learn how long a batch took, in units of its prediction without a margin."""
         self.forget(now_ns)
+        self.doubted = False
         missed = 1.0 if score > self.value else 0.0
         self._rate = min(max(self._rate + _STEP * (MISS_RATE - missed), _LEAST_RATE), _MOST_RATE)
         self._scores.append((now_ns, score))
@@ -48,7 +54,7 @@ class Margin:
     def forget(self, now_ns: int) -> bool:
         """Drop what is too old; True if that changed the margin's scores."""
         old = len(self._scores)
-        if self._scores and self._scores[-1][0] < now_ns - _REST_NS:
+        if self.doubted and self._scores and self._scores[-1][0] < now_ns - _REST_NS:
             self._scores.clear()
             self._sorted.clear()
         while self._scores and self._scores[0][0] < now_ns - _AGE_NS:

@@ -157,6 +157,7 @@ class ModelQueue:
 
     def missed(self, request: Request) -> None:
         """A request could not be in time, told once; one that allowed much less than usual would have missed anyhow."""
+        self.latency.doubt()
         if not request.missed and 2 * (request.deadline_ns - request.arrival_ns) >= self.typical_budget_ns:
             self.forecast.spread.judged(mistake=True)
         request.missed = True
@@ -267,11 +268,14 @@ class ModelQueue:
         return min(self._urgencies().values(), default=(None,))[0]
 
     def hopeless(self, now_ns: int) -> list[Request]:
-        """Waiting requests that could not finish in time even if they started now, the most hopeless first.
-
-        Only the first of each kind is looked at; the caller takes it out and asks again.
-        """
-        return [urgency[2] for urgency in sorted(u for u in self._urgencies().values() if u[0] < now_ns)]
+        """All who wait and could not finish in time even if they started now, kind by kind, the most hopeless first."""
+        found = sorted((urgency, kind) for kind, urgency in self._urgencies().items() if urgency[0] < now_ns)
+        requests = []
+        for _, kind in found:
+            quickest_ns = self.quickest_ns(*kind[:3])
+            in_reach_ns = None if quickest_ns is None else now_ns + REPLY_RESERVE_NS + quickest_ns
+            requests += self._by_deadline[kind].before(in_reach_ns)
+        return requests
 
     def _urgencies(self) -> Mapping[_Kind, _Urgency]:
         """Of each kind the request that becomes hopeless first, and when; only what has changed is looked at again.

@@ -19,8 +19,8 @@ from server.scheduling.model_queue import ModelQueue
 from server.scheduling.policies.fitdrain import FitDrain
 from server.scheduling.policy import Choice, Moment, Policy, Run
 from server.scheduling.pool import Pool
-from server.scheduling.slo import ModelKey, OnInfeasible, Outcome, Request
-from server.scheduling.turns import held_until_ns, in_turn
+from server.scheduling.slo import ModelKey, Outcome, Request
+from server.scheduling.turns import held_until_ns, in_turn, rivals
 from variants.variant import State
 
 __all__ = ["End", "Run", "Scheduler"]
@@ -46,6 +46,8 @@ class Scheduler:
         """When a policy that chose to wait wants to be asked again, by the executor that it let wait."""
         self._hoped: dict[int, list[Request]] = {}
         """Of executors that seem stuck, the requests that can be answered by nobody else."""
+        self._ended: list[End] = []
+        """Who ended and was not handed over yet: it outlives an exception, and goes out with the next call."""
         self._late_again_ns = 0
         """Until when no late work goes first."""
         self._served_ns = 0
@@ -94,7 +96,7 @@ class Scheduler:
 
     def arrived(self, request: Request, now_ns: int) -> list[End]:
         """Admit a request or refuse it; others that became hopeless meanwhile may end with it."""
-        ended = self.tick(now_ns)
+        self._tick(now_ns)
         model = self.models[request.model]
         error = self._refusal(model, request, now_ns)
         is_possible = error is None or (isinstance(error, Overloaded) and request.size_bytes <= self._max_bytes)
@@ -102,7 +104,8 @@ class Scheduler:
             budget_ns = max(request.deadline_ns - request.arrival_ns, 1)
             model.note_arrival(request.samples, budget_ns, now_ns, request.step)
         if error is not None:
-            return [*ended, End(request, _REFUSALS[type(error)], error)]
+            self._ended.append(End(request, _REFUSALS[type(error)], error))
+            return self._hand_over()
         if not request.late:
             model.forecast.spread.judged(mistake=False)
             model.patience.arrived(request, now_ns)
@@ -110,7 +113,7 @@ class Scheduler:
             model.served_ns = max(model.served_ns, self._served_ns)
         model.add(request)
         self._policies[model.key].arrived(model, request, now_ns)
-        return ended
+        return self._hand_over()
 
     def _refusal(self, model: ModelQueue, request: Request, now_ns: int) -> ServingError | None:
         if request.size_bytes > self._max_bytes:
@@ -118,7 +121,7 @@ class Scheduler:
         if model.waiting >= self._max_requests or model.waiting_bytes + request.size_bytes > self._max_bytes:
             drained_ns = model.backlog_ns() // len(self.pool)
             return Overloaded("the queue is full", max(drained_ns, admission.QUEUE_FULL_RETRY_NS))
-        if request.deadline_ns <= request.arrival_ns and OnInfeasible.LATE not in request.on_infeasible:
+        if request.deadline_ns <= request.arrival_ns and not request.may_be_late:
             return DeadlineMissed("the deadline had passed on arrival")
         load = self.load(model, now_ns)
         if self._policies[model.key].admits:
@@ -142,30 +145,32 @@ class Scheduler:
 
         Call `tick` first and act on what it ends.
         """
+        run = self._decide(executor, now_ns)
+        return run, self._hand_over()
+
+    def _decide(self, executor: int, now_ns: int) -> Run | None:
         here, (_, crowd) = self.pool.spot(executor, now_ns), self.pool.spots(now_ns)
         self._refresh(now_ns, here, crowd)
         others_free_ns = self.pool.free_ns(now_ns, but=executor)
-        ended: list[End] = []
         waiting = in_turn(self.models.values(), now_ns)
         for model in waiting:
             if model.retired and model.late and not model.queues and (choice := late_batch(model, None)):
-                return self._run(executor, model, choice, here, now_ns), ended
+                return self._run(executor, model, choice, here, now_ns)
             if not model.queues or self._holds_back(model, now_ns):
                 continue
             others = [other for other in self.models.values() if other is not model]
-            rivals = [other for other in others if other.queues and other.served_ns <= model.served_ns]
-            moment = Moment(now_ns, executor, others_free_ns, rivals, others)
+            moment = Moment(now_ns, executor, others_free_ns, rivals(model, others), others)
             if now_ns >= self._late_again_ns and (aged := aged_late_batch(model, waiting, moment)):
                 self._late_again_ns = now_ns + LATE_PAUSE * aged[1].predicted_ns
-                return self._run(executor, *aged, here, now_ns), ended
+                return self._run(executor, *aged, here, now_ns)
             decision = self._policies[model.key].decide(model, moment)
-            ended += self._give_up(model, decision.give_up, now_ns)
+            self._give_up(model, decision.give_up, now_ns)
             if decision.choice is not None:
-                return self._run(executor, model, decision.choice, here, now_ns), ended
+                return self._run(executor, model, decision.choice, here, now_ns)
             if decision.wake_ns is not None:
                 self._wakes_ns.setdefault(model.key, {})[executor] = decision.wake_ns
         late = self._late(waiting, now_ns)
-        return (self._run(executor, *late, here, now_ns) if late else None), ended
+        return self._run(executor, *late, here, now_ns) if late else None
 
     def _late(self, waiting: Sequence[ModelQueue], now_ns: int) -> tuple[ModelQueue, Choice] | None:
         """Late work for an executor that has nothing else to do, short enough not to hold up what is held back."""
@@ -227,33 +232,35 @@ class Scheduler:
         model.latency.refresh(now_ns, *self.pool.spots(now_ns))
         ended = []
         for request in run.requests:
-            remaining = second_chance(model, request, run, now_ns, blames_variant=blames_variant)
-            if remaining:
-                request.allowed, request.solo, request.retried = remaining, True, True
-                model.add(request)
-            else:
+            room = self._late_room(model)
+            if not second_chance(model, request, run, now_ns, room, blames_variant=blames_variant):
                 ended.append(End(request, Outcome.FAILED, RuntimeFailed(incident)))
         return ended
 
     def tick(self, now_ns: int) -> list[End]:
         """Take out what can no longer finish in time, as each request asked for that case."""
+        self._tick(now_ns)
+        return self._hand_over()
+
+    def _tick(self, now_ns: int) -> None:
         self._give_up_overdue(now_ns)
-        ended = self._expire_hoped(now_ns)
+        self._expire_hoped(now_ns)
         self._refresh(now_ns, *self.pool.spots(now_ns))
         for model in self.models.values():
             while hopeless := model.hopeless(now_ns):
-                ended += self._give_up(model, hopeless, now_ns)
+                self._give_up(model, hopeless, now_ns)
+
+    def _hand_over(self) -> list[End]:
+        ended, self._ended = self._ended, []
         return ended
 
-    def _expire_hoped(self, now_ns: int) -> list[End]:
-        """Who waits for a stuck executor in vain ends at the deadline, unless a late answer will do."""
-        ended = []
+    def _expire_hoped(self, now_ns: int) -> None:
+        """Who waits for a stuck executor in vain ends at the deadline, unless it is late already."""
         for requests in self._hoped.values():
-            for request in [each for each in requests if _is_expiring(each) and now_ns > each.deadline_ns]:
+            for request in [each for each in requests if each.abandoned or _has_expired(each, now_ns)]:
                 requests.remove(request)
                 error = DeadlineMissed("the executor that ran it did not come back in time")
-                ended.append(End(request, Outcome.EXPIRED, error))
-        return ended
+                self._ended.append(End(request, Outcome.EXPIRED, error))
 
     def _give_up_overdue(self, now_ns: int) -> None:
         """Try again what an executor that seems stuck took along; what cannot be tried goes on waiting for it."""
@@ -267,9 +274,7 @@ class Scheduler:
         """When to call `tick` and `decide` again even if nothing happens; None when there will be nothing to do."""
         self._refresh(now_ns, *self.pool.spots(now_ns))
         hopeless_ns = [model.soonest_hopeless_ns() for model in self.models.values()]
-        hoped_ns = [
-            request.deadline_ns for requests in self._hoped.values() for request in requests if _is_expiring(request)
-        ]
+        hoped_ns = [each.deadline_ns for requests in self._hoped.values() for each in requests if not each.late]
         soonest = (*hopeless_ns, *hoped_ns, self.pool.soonest_loss_ns())
         instants = [instant + 1 for instant in soonest if instant is not None]
         if self.pool.idle:
@@ -299,12 +304,12 @@ class Scheduler:
     def load(self, model: ModelQueue, now_ns: int) -> Load:
         """What a newcomer of this model finds."""
         model.latency.refresh(now_ns, *self.pool.spots(now_ns))
-        others = sum(
-            other.backlog_ns() + (other.late_backlog_ns() if other.retired else 0)
-            for other in self.models.values()
-            if other is not model and other.waiting
+        others = [other for other in self.models.values() if other is not model]
+        backlog_ns = sum(
+            other.backlog_ns() + (other.late_backlog_ns() if other.retired else 0) for other in others if other.waiting
         )
-        return Load(now_ns, self.pool.all_free_ns(now_ns), others, self._late_room(model))
+        free_ns = self.pool.all_free_ns(now_ns)
+        return Load(now_ns, free_ns, backlog_ns, self._late_room(model), others, self._served_ns)
 
     def _refresh(self, now_ns: int, here: Spot, crowd: Spot) -> None:
         for model in self.models.values():
@@ -333,9 +338,11 @@ class Scheduler:
         model.served_ns += choice.predicted_ns  # at once, so that executors that decide together take turns
         return run
 
-    def _give_up(self, model: ModelQueue, requests: Iterable[Request], now_ns: int) -> list[End]:
-        ends = [give_up(model, request, now_ns, self._late_room(model)) for request in requests]
-        return [end for end in ends if end is not None]
+    def _give_up(self, model: ModelQueue, requests: Iterable[Request], now_ns: int) -> None:
+        for request in requests:
+            end = give_up(model, request, now_ns, self._late_room(model))
+            if end is not None:
+                self._ended.append(end)
 
     def _late_room(self, model: ModelQueue) -> int | None:
         return late_room(model, self._max_requests, self._max_bytes)
@@ -350,9 +357,9 @@ class Scheduler:
         return until_ns is not None and now_ns < until_ns
 
 
-def _is_expiring(request: Request) -> bool:
-    """Whether an answer after the deadline is of no use."""
-    return not request.late and OnInfeasible.LATE not in request.on_infeasible
+def _has_expired(request: Request, now_ns: int) -> bool:
+    """Whether an answer is of no use any more."""
+    return now_ns > request.deadline_ns and not request.late
 
 
 _REFUSALS: dict[type[ServingError], Outcome] = {

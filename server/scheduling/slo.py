@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import takewhile
 from typing import NamedTuple
 
 
@@ -92,7 +93,7 @@ class Request:
     """The forecast was told that it could not be in time."""
     solo: bool = False
     retried: bool = False
-    """A variant failed this request already; it is tried once more, alone."""
+    """It was in a batch that failed, or whose executor died or seems stuck: it is tried once more, alone."""
     abandoned: bool = False
     """The client went away while it ran: it is not tried again."""
     queue: object | None = None
@@ -102,3 +103,8 @@ class Request:
     def queue_key(self) -> tuple[int, Hashable]:
         """Requests with equal keys may share a batch on any of their variants."""
         return self.allowed, self if self.solo else self.shape
+
+    @property
+    def may_be_late(self) -> bool:
+        """Whether it asked for `late`: what comes after `reject` is not asked for."""
+        return OnInfeasible.LATE in takewhile(lambda action: action is not OnInfeasible.REJECT, self.on_infeasible)

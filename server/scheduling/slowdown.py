@@ -12,8 +12,8 @@ from statistics import median
 
 _LAST = 5
 _LEAST, _MOST = 0.25, 8.0
-_REST_NS = 500_000_000  # after this long unobserved, relaxing begins
-_HALF_LIFE_NS = 500_000_000
+_REST_NS = 2_000_000_000  # after this long unobserved, relaxing begins
+_HALF_LIFE_NS = 2_000_000_000
 
 
 class Slowdown:

@@ -6,7 +6,7 @@ that have had about as much, the most urgent request decides, so that fairness c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.slo import ModelKey
@@ -29,6 +29,11 @@ def in_turn(models: Iterable[ModelQueue], now_ns: int) -> list[ModelQueue]:
         return had_more, urgency_ns, model.served_ns, model.key
 
     return sorted(waiting, key=turn)
+
+
+def rivals(model: ModelQueue, others: Sequence[ModelQueue]) -> list[ModelQueue]:
+    """Of the other models those with work waiting that have had no more executor time: whom a batch would hold up."""
+    return [other for other in others if other.queues and other.served_ns <= model.served_ns]
 
 
 def held_until_ns(model: ModelQueue, now_ns: int) -> int | None:

@@ -17,7 +17,10 @@ ClassKey = tuple[int, int]
 
 
 class FloorClass(DeadlineQueue):
-    """The requests of one class and step of length, whatever their shapes; `shapes` counts these."""
+    """The requests of one class and step of length, whatever their shapes; `shapes` counts these.
+
+    A shape has one step: its length follows from it.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,12 +7,9 @@ with flags: another policy, other variants, more executors or replicas, another 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.errors import ServingError
+from server.figures import check_writable, write_figures
 from server.scheduling.admission import make_request
 from server.scheduling.model_queue import ModelQueue, rank
 from server.scheduling.policies import PolicyFactory, check_policy, policy_factory
@@ -57,13 +55,14 @@ def run(chosen: argparse.Namespace) -> int:
     policies = _policies(chosen.policy, setting)
     trace = arrivals_of(chosen, profiled.model)
     if chosen.json:
-        _check_writable(chosen.json)
+        check_writable(chosen.json)
     _warn_of_contention(setting, profiled.executors)
     compared = [_Compared(name, _replicated(setting, trace, made, chosen)) for name, made in policies.items()]
     bound = None if chosen.no_bound else _bound(setting, trace, chosen.replicas)
     _show(profiled.model, setting, chosen.replicas, trace, compared, bound)
     if chosen.json:
-        _write(chosen.json, compared, bound)
+        reached = {each.policy: asdict(each.summary) for each in compared}
+        write_figures(chosen.json, {"policies": reached, "upper_bound": None if bound is None else asdict(bound)})
     return 0
 
 
@@ -228,22 +227,3 @@ def _warn_of_contention(setting: Setting, profiled: int) -> None:
     else:
         return
     sys.stderr.write(f"gearshift simulate: {setting.executors} executors are simulated {told}\n")
-
-
-def _check_writable(path: Path) -> None:
-    """Raises SettingsError now rather than after all runs."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise SettingsError(f"--json {path}: {error.strerror}") from None
-
-
-def _write(path: Path, compared: Sequence[_Compared], bound: Bound | None) -> None:
-    facts: dict[str, Any] = {
-        "policies": {each.policy: asdict(each.summary) for each in compared},
-        "upper_bound": None if bound is None else asdict(bound),
-    }
-    try:
-        path.write_text(json.dumps(facts, indent=2) + "\n")
-    except OSError as error:
-        raise SettingsError(f"--json {path}: {error.strerror}") from None

@@ -138,16 +138,15 @@ class Simulation(VirtualServer):
         if number + 1 < len(self.trace):
             self.at(self.trace[number + 1].at_ns, lambda: self._arrive(number + 1))
         whole = _Parts(number)
-        samples = self._samples(arrival)
-        if len(samples) > MAX_PARTS:
+        if -(-arrival.samples // self._largest) > MAX_PARTS:  # before they are listed: a trace may say any number
             self.ended[number] = Ended(Outcome.INVALID, self.now_ns)
             return
         try:
-            whole.requests = [self._request(arrival, each, whole) for each in samples]
+            whole.requests = [self._request(arrival, each, whole) for each in self._samples(arrival)]
         except ServingError:
             self.ended[number] = Ended(Outcome.INFEASIBLE, self.now_ns)
             return
-        whole.missing = len(samples)
+        whole.missing = len(whole.requests)
         for request in list(whole.requests):
             if self.ended[number] is None:
                 self.submit(request)

@@ -56,7 +56,7 @@ def _choose(model: ModelQueue, anchor: Request, moment: Moment) -> Choice:
     """The batch around the anchor: one that leaves room for tight requests, else one that is safe, else the most."""
     slack_ns = anchor.deadline_ns - REPLY_RESERVE_NS - moment.now_ns
     tried = _Tried()
-    responsive_ns = _responsive_ns(model, moment, slack_ns)
+    responsive_ns = _responsive_ns(model, anchor, moment, slack_ns)
     for within_ns in (slack_ns,) if responsive_ns is None or responsive_ns > slack_ns else (responsive_ns, slack_ns):
         for upgrades in (True, False) if _mixes(model, anchor) else (True,):
             choice = _safe(model, anchor, moment, _Limits(within_ns, upgrades), tried)
@@ -65,12 +65,14 @@ def _choose(model: ModelQueue, anchor: Request, moment: Moment) -> Choice:
     return tried.next_best or _most_goodput(model, anchor, moment.now_ns, tuple(tried.passed_over))
 
 
-def _responsive_ns(model: ModelQueue, moment: Moment, slack_ns: int) -> int | None:
+def _responsive_ns(model: ModelQueue, anchor: Request, moment: Moment, slack_ns: int) -> int | None:
     """How long this executor may be busy without failing tight requests that come; None if another is free in time."""
+    quickest_ns = model.quickest_ns(anchor.allowed, anchor.samples, anchor.step) or 0
+    least_ns = REPLY_RESERVE_NS + quickest_ns  # nothing that could run now would leave room for less
     laxities_ns = [
         laxity
         for each in (model, *moment.others)
-        if (laxity := each.patience.laxity_ns(each.quickest_ns, moment.now_ns, slack_ns)) is not None
+        if (laxity := each.patience.laxity_ns(each.quickest_ns, moment.now_ns, slack_ns, least_ns)) is not None
     ]
     if not laxities_ns:
         return None
