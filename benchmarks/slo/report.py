@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.slo.analysis import ATTAINMENT, EFFECTIVE, MEAN_ACCURACY, Runs
-from benchmarks.slo.family import MS, capacity_per_s
-from benchmarks.slo.scenarios import AZURE, BOUND, CLAIRVOYANT, FASTEST, OURS, SLO_MS, Scenario
+from benchmarks.slo.family import FP32_ALONE_NS, MAX_BATCH, MS, capacity_per_s, family
+from benchmarks.slo.scenarios import AZURE, BOUND, CLAIRVOYANT, FASTEST, FLOORS, OURS, SLO_MS, Scenario, setting
 from benchmarks.slo.targets import name, points, verdicts
 
 _BEGIN, _END = "<!-- python -m benchmarks.slo: begin -->", "<!-- python -m benchmarks.slo: end -->"
@@ -45,13 +45,11 @@ def _opening(runs: Runs) -> Iterator[str]:
     yield (
         f"`python -m benchmarks.slo --out FOLDER --azure FILE`: {len(runs)} runs of the live scheduler under a virtual "
         f"clock, {_range(cell.seconds for cell in main)} s of arrivals each, {_range(seeds)} seeds per cell. One model "
-        "with five made-up variants (accuracy .913, .912, .905, .893, .872; fp32 takes 40 ms for one sample, the "
-        "fastest 52.8 ms for 16) on two executors, four where executors are lost; an SLO of "
-        f"{SLO_MS} ms, which is 6 fp32 service times; the load ρ is the share of the fastest variant's "
-        f"{capacity_per_s(SLO_MS * MS, 2):.0f} requests/s on two. Latencies vary by 5 % (log-normal) around their "
-        "profiles, decisions come an exponential 0.1 ms late, replies cost 0.2 ms. Seeds share arrivals and luck "
-        "between policies. `+ed` is early drop. Proteus, Model-Switching, INFaaS and the others are our own small "
-        "versions, written from the papers.\n"
+        f"with made-up variants ({_variants()}) on two executors, four where executors are lost; an SLO of "
+        f"{SLO_MS} ms, which is {SLO_MS * MS / FP32_ALONE_NS:g} fp32 service times; the load ρ is the share of the "
+        f"fastest variant's {capacity_per_s(SLO_MS * MS, 2):.0f} requests/s on two. {_noise()} Seeds share arrivals "
+        "and luck between policies. `+ed` is early drop. Proteus, Model-Switching, INFaaS and the others are our own "
+        "small versions, written from the papers.\n"
     )
     yield (
         "**What this is not**: measured on a machine. Accuracies are the profiled ones, service noise is a model, "
@@ -61,6 +59,25 @@ def _opening(runs: Runs) -> Iterator[str]:
         yield "\nThe Azure trace was left out: its file was not given (`--azure`)."
     if len(runs.codes) > 1:
         yield f"\nThe runs come from {len(runs.codes)} states of the code: {', '.join(sorted(runs.codes))}."
+
+
+def _variants() -> str:
+    said = []
+    for variant in family():
+        if variant.score is not None and variant.profile is not None:
+            alone, full = (variant.profile.latency_ns(size) / MS for size in (1, MAX_BATCH))
+            said.append(
+                f"{variant.name}: accuracy {variant.score.value:g}, {alone:g} ms for 1, {full:g} for {MAX_BATCH}"
+            )
+    return "; ".join(said)
+
+
+def _noise() -> str:
+    noise = setting(Scenario("main", "poisson", 0.0)).noise
+    return (
+        f"Latencies vary by {100 * noise.deviation:g} % (log-normal) around their profiles, decisions come an "
+        f"exponential {noise.wake_ns / MS:g} ms late, replies cost {noise.reply_ns / MS:g} ms."
+    )
 
 
 def _range(numbers: Iterable[int]) -> str:
@@ -89,15 +106,22 @@ def _floors(runs: Runs) -> Iterator[str]:
         return
     yield from _chapter(
         "Mixed accuracy floors",
-        "70 % of the requests without a floor, 20 % at 0.90, 10 % at 0.9115 (strict), all hard, with SLOs of 120, 240 "
-        "and 480 ms, by class or drawn apart from the class. *prefix* is the obvious method: the most urgent requests "
-        "together, on a variant that the strictest of them allows. Attainment of all / of the strict class, in %; "
-        "mean accuracy.",
+        f"{_kinds()}; all floors hard, the SLOs by class or drawn apart from the class. *prefix* is the obvious "
+        "method: the most urgent requests together, on a variant that the strictest of them allows. Attainment of all "
+        "/ of the strict class, in %; mean accuracy.",
     )
     yield from _by_policy(
         runs,
         cells,
         lambda cell, policy: _with_strict(runs, cell, policy),
+    )
+
+
+def _kinds() -> str:
+    floors = [f"a floor of {kind.floor:g}" if kind.floor else "no floor" for kind in FLOORS]
+    return ", ".join(
+        f"{100 * kind.share:g} % of the requests ({kind.name}) with {floor} and an SLO of {kind.slo_ms} ms"
+        for kind, floor in zip(FLOORS, floors, strict=True)
     )
 
 

@@ -3,8 +3,8 @@
 Counts are kept in buckets of 20 ms; their mean and variance are exponential averages over about 200 ms. The index of
 dispersion (variance over mean) is 1 for Poisson arrivals and larger for bursts. How many standard deviations are added
 is learnt from what came of it: each request that missed adds to them, each that was admitted takes a little away, so
-that in the long run about `_MISS_RATE` miss where that is in reach. With load they grow: what a burst leaves behind
-takes the longer to drain the less is idle, and queues vary with the inverse square of the idle share.
+that in the long run about `_MISS_RATE` miss where that is in reach. With load, burstiness beyond Poisson's weighs more:
+what a burst leaves behind takes the longer to drain the less is idle, and queues vary with the inverse square of that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FORGET_AFTER = 100  # empty buckets after which nothing is left of a rate
 _MOST_DISPERSION = 16.0
 _MISS_RATE = 0.001
 _MOST_SPREAD = 16.0
-_CALM = 0.4  # the load up to which the learnt spread is enough
+_CALM = 0.4  # the load up to which bursts weigh no more than their spread
 
 
 class ArrivalForecast:
@@ -58,10 +58,10 @@ class ArrivalForecast:
         if mean <= 0.0:
             return 0.0
         arrivals = mean * duration_ns / _BUCKET_NS
-        dispersion = min(max(self._variance / mean, 1.0), _MOST_DISPERSION)
+        deviation = sqrt(min(max(self._variance / mean, 1.0), _MOST_DISPERSION))  # in those of a Poisson process
         idle = max(1.0 - load, (1.0 - _CALM) / _MOST_SPREAD)
-        spread = self.spread.value * max(1.0, (1.0 - _CALM) / idle) ** 2
-        return arrivals + min(spread, _MOST_SPREAD) * sqrt(dispersion * arrivals)
+        bursts = max(1.0, (1.0 - _CALM) / idle) ** 2 * (deviation - 1.0)
+        return arrivals + min(self.spread.value * (1.0 + bursts), _MOST_SPREAD * deviation) * sqrt(arrivals)
 
     def _roll(self, now_ns: int) -> None:
         bucket = now_ns // _BUCKET_NS
