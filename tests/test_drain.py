@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scheduling_models import MS, Arrival, model_of, queue_up, slo, variant
 
-from server.scheduling.drain import left_behind, shortage
+from server.scheduling.drain import left_behind, lost, shortage
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
 from server.scheduling.policy import Moment
 
@@ -56,6 +56,17 @@ def test_a_backlog_beyond_what_is_tested_one_by_one_counts_as_a_fluid() -> None:
     """A thousand requests with a second each cannot drain on one executor; with a hundred seconds they can."""
     assert shortage(left_behind(lone(*[Arrival(0, slo(1000))] * 1000)), Moment(0, 0), 0).waiting_ns > 0
     assert shortage(left_behind(lone(*[Arrival(0, slo(100_000))] * 1000)), Moment(0, 0), 0) == (0, 0)
+
+
+def test_the_weight_of_those_who_would_be_late_is_what_a_batch_loses() -> None:
+    """Who is late is left out, and the others are played on without them."""
+    model = lone(Arrival(0, slo(15)), Arrival(0, slo(30)), Arrival(0, slo(100)), Arrival(0, slo(101)))
+    waiting = left_behind(model)
+    assert lost(waiting, Moment(0, 0), 0) == 0.0
+    assert lost(waiting, Moment(0, 0), 10 * MS) == 1.0
+    assert lost(waiting, Moment(0, 0), 70 * MS) == 2.0
+    first = [model.regular.first()]
+    assert lost(waiting.without(first), Moment(0, 0), 10 * MS) == 0.0
 
 
 def test_the_most_urgent_request_of_another_model_counts() -> None:

@@ -205,6 +205,12 @@ def test_overload_gives_up_on_one_for_the_many_behind_it() -> None:
     assert len(numbers) == 16
 
 
+def test_overload_does_not_give_up_on_those_whom_only_a_slow_variant_serves() -> None:
+    """One strict request earns less per time than many others, which are saved behind it, but it not behind them."""
+    model = model_with(within(14, floor=0.913), *[within(28)] * 40)
+    assert chosen(model, choose(model, 0, [])) == ("fp32", [0], "overload")
+
+
 def test_overload_weighs_priority() -> None:
     """A request that is given up for many of its own priority is served when it is worth more than they are."""
 

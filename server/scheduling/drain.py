@@ -8,7 +8,7 @@ conservative, not complete: batches of several floor classes, which are allowed,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
@@ -18,24 +18,24 @@ from server.scheduling.latency import LatencyModel
 from server.scheduling.model_queue import REPLY_RESERVE_NS, Chunk, ModelQueue
 from server.scheduling.policy import Moment
 from server.scheduling.slo import Request
+from server.scheduling.waiting import ClassKey
 
 _STEPS = 24  # batches of backlog tested one by one; the rest is tested as a fluid
+_STEPS_OF_LOSSES = 12  # the same where losses are compared, which is done for several batches
 
 
 @dataclass(frozen=True, slots=True)
 class _Stream:
     """One floor class as it drains: its requests in order, those taken included, and how its batches are."""
 
+    key: ClassKey
     latency: LatencyModel
     entries: Sequence[Entry]
-    left: int
-    """Requests that were not taken."""
-    step: int
     full: Chunk
     average: int
     """Samples of an average request."""
 
-    def next_place(self, place: int, gone: set[Request]) -> int | None:
+    def next_place(self, place: int, gone: Collection[Request]) -> int | None:
         """The place of the first request from here on that was not taken; None at the end."""
         entries = self.entries
         while place < len(entries):
@@ -49,8 +49,8 @@ class _Stream:
         variant, requests, _, full_ns = self.full
         if full_ns <= slack_ns:
             return requests, full_ns
-        requests = self.latency.largest_crowded(variant, slack_ns, self.step) // self.average
-        return requests, self.latency.crowded_ns(variant, max(requests, 1) * self.average, self.step)
+        requests = self.latency.largest_crowded(variant, slack_ns, self.key[1]) // self.average
+        return requests, self.latency.crowded_ns(variant, max(requests, 1) * self.average, self.key[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,8 @@ class _Rival:
 
     entries: Sequence[Entry]
     run_ns: int
-    left: int = 1
 
-    def next_place(self, place: int, _: set[Request]) -> int | None:
+    def next_place(self, place: int, _: Collection[Request]) -> int | None:
         """The place of the only request, unless that was passed."""
         return None if place else 0
 
@@ -72,23 +71,32 @@ class _Rival:
 
 @dataclass(frozen=True, slots=True)
 class Behind:
-    """What a batch leaves waiting, by floor class, and the requests that it takes."""
+    """What waits behind a batch, by floor class, and the requests that the batch takes."""
 
     model: ModelQueue
-    gone: set[Request]
     streams: Sequence[_Stream]
+    left: Sequence[int]
+    """How many requests of each stream are not taken."""
+    gone: Collection[Request] = ()
+
+    def without(self, taken: Sequence[Request]) -> Behind:
+        """What waits behind a batch of these. Raises ValueError if some are taken already."""
+        if self.gone:
+            raise ValueError("a batch has been taken already")
+        taken_from = Counter((request.allowed, request.step) for request in taken)
+        left = [count - taken_from[stream.key] for stream, count in zip(self.streams, self.left, strict=True)]
+        return Behind(self.model, self.streams, left, set(taken))
 
 
 def left_behind(model: ModelQueue, taken: Sequence[Request] = ()) -> Behind:
     """What waits once a batch has been taken."""
-    taken_from = Counter((request.allowed, request.step) for request in taken)
     streams = []
     for key, waiting in model.regular.classes.items():
-        left = len(waiting) - taken_from[key]
-        chunk = model.chunk(*key, waiting) if left else None
+        chunk = model.chunk(*key, waiting)
         if chunk is not None:
-            streams.append(_Stream(model.latency, waiting.entries, left, key[1], chunk, waiting.average))
-    return Behind(model, set(taken), streams)
+            streams.append(_Stream(key, model.latency, waiting.entries, chunk, waiting.average))
+    behind = Behind(model, streams, [len(stream.entries) for stream in streams])
+    return behind.without(taken) if taken else behind
 
 
 class Shortage(NamedTuple):
@@ -104,36 +112,56 @@ def shortage(behind: Behind, moment: Moment, free_ns: int) -> Shortage:
     `free_ns` is when the executor that decides would be free again. Of other models only the most urgent request is
     looked at, where it can still be in time: what lies behind it is a matter of fairness.
     """
-    free = [free_ns, *moment.others_free_ns]
-    heapify(free)
-    streams: list[_Stream | _Rival] = [*behind.streams, *_rivals(behind, moment, free_ns)]
-    left = [stream.left for stream in streams]
-    heads = [head for number in range(len(left)) if (head := _head(streams, number, 0, behind.gone)) is not None]
-    heapify(heads)
-    for _ in range(_STEPS):
-        if not heads:
-            break
-        deadline_ns, number, place = heads[0]
-        slack_ns = deadline_ns - REPLY_RESERVE_NS - free[0]
-        requests, batch_ns = streams[number].batch(slack_ns)
-        if not requests:
-            return Shortage(batch_ns - slack_ns)
-        heapreplace(free, free[0] + batch_ns)
-        left[number] -= requests
-        head = _head(streams, number, place + requests, behind.gone)
-        if head is None:
-            heappop(heads)
-        else:
-            heapreplace(heads, head)
-    return _as_fluid(behind, moment, free_ns, free, left[: len(behind.streams)])
+    play = _Play(behind, moment, free_ns)
+    late = next(play.late(_STEPS), None)
+    return _as_fluid(behind, moment, free_ns, play) if late is None else Shortage(late[0])
 
 
-def _head(
-    streams: Sequence[_Stream | _Rival], number: int, place: int, gone: set[Request]
-) -> tuple[int, int, int] | None:
-    """The next request of a stream: its deadline, the stream's number and its place there; None at the end."""
-    found = streams[number].next_place(place, gone)
-    return None if found is None else (streams[number].entries[found][2].deadline_ns, number, found)
+def lost(behind: Behind, moment: Moment, free_ns: int) -> float:
+    """The weight of those left behind who would be late though each batch saves whom it can, the most urgent first.
+
+    Only the next few batches are looked at.
+    """
+    return sum(request.weight for _, request in _Play(behind, moment, free_ns).late(_STEPS_OF_LOSSES))
+
+
+class _Play:
+    """The backlog played forward: when the executors are `free`, and how many requests of each class are `left`."""
+
+    def __init__(self, behind: Behind, moment: Moment, free_ns: int) -> None:
+        self.free = [free_ns, *moment.others_free_ns]
+        heapify(self.free)
+        self._gone = behind.gone
+        rivals = list(_rivals(behind, moment, free_ns))
+        self._streams: list[_Stream | _Rival] = [*behind.streams, *rivals]
+        self.left = [*behind.left, *(1 for _ in rivals)]
+
+    def late(self, steps: int) -> Iterator[tuple[int, Request]]:
+        """Play on to whoever would be late next, and leave them out: by how much, and who."""
+        heads = [head for number in range(len(self.left)) if (head := self._head(number, 0)) is not None]
+        heapify(heads)
+        for _ in range(steps):
+            if not heads:
+                break
+            deadline_ns, number, place = heads[0]
+            slack_ns = deadline_ns - REPLY_RESERVE_NS - self.free[0]
+            requests, batch_ns = self._streams[number].batch(slack_ns)
+            if requests:
+                heapreplace(self.free, self.free[0] + batch_ns)
+            else:
+                yield batch_ns - slack_ns, self._streams[number].entries[place][2]
+            self.left[number] -= max(requests, 1)
+            head = self._head(number, place + max(requests, 1))
+            if head is None:
+                heappop(heads)
+            else:
+                heapreplace(heads, head)
+
+    def _head(self, number: int, place: int) -> tuple[int, int, int] | None:
+        """The next request of a stream: its deadline, the stream's number and its place there; None at the end."""
+        stream = self._streams[number]
+        found = stream.next_place(place, self._gone)
+        return None if found is None else (stream.entries[found][2].deadline_ns, number, found)
 
 
 def _rivals(behind: Behind, moment: Moment, free_ns: int) -> Iterator[_Rival]:
@@ -151,10 +179,11 @@ def _rivals(behind: Behind, moment: Moment, free_ns: int) -> Iterator[_Rival]:
                 yield _Rival(((head.order_ns, head.number, head),), run_ns)
 
 
-def _as_fluid(behind: Behind, moment: Moment, free_ns: int, free: Sequence[int], left: Sequence[int]) -> Shortage:
+def _as_fluid(behind: Behind, moment: Moment, free_ns: int, play: _Play) -> Shortage:
     """By how much what was not tested one by one, and what is to come while the batch runs, would be late."""
+    free = play.free
     tail_ns = last_deadline_ns = 0
-    for stream, count in zip(behind.streams, left, strict=True):
+    for stream, count in zip(behind.streams, play.left, strict=False):
         if count > 0:
             tail_ns += -(-count // stream.full.requests) * stream.full.batch_ns
             last_deadline_ns = max(last_deadline_ns, stream.entries[-1][2].deadline_ns)

@@ -9,7 +9,8 @@ The theory, in the order of the code:
    arrivals to be expected meanwhile, would still finish in time on their fastest allowed variants. SlackFit
    (NSDI'25), which looks at the slack alone, lets a backlog build up and then has no slack left.
 4. **Overload.** When nothing is safe, give up on the few most urgent requests if the batch behind them yields more
-   weighted goodput per executor time (as Nexus, SOSP'19, drops early so that batches stay large).
+   weighted goodput per executor time (as Nexus, SOSP'19, drops early so that batches stay large). Among several floor
+   classes, take the batch that loses the least weight of all who wait.
 
 A request may run on any variant of its class, so batches mix floor classes: the batch's variant decides who can join,
 and nobody joins a variant outside its class. That makes hard floors unbreakable here.
@@ -24,7 +25,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from server.scheduling.deadline_queue import DeadlineQueue
-from server.scheduling.drain import Behind, left_behind, shortage
+from server.scheduling.drain import Behind, left_behind, lost, shortage
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
 from server.scheduling.policy import Choice, Decision, Moment, PassedOver, Run
 from server.scheduling.slo import Request
@@ -62,7 +63,11 @@ def _choose(model: ModelQueue, anchor: Request, moment: Moment) -> Choice:
             choice = _safe(model, anchor, moment, _Limits(within_ns, upgrades), tried)
             if choice is not None:
                 return choice
-    return tried.next_best or _most_goodput(model, anchor, moment.now_ns, tuple(tried.passed_over))
+    if tried.next_best is not None:
+        return tried.next_best
+    if len(model.regular.classes) > 1:
+        return _least_lost(model, anchor, moment, tuple(tried.passed_over))
+    return _most_goodput(model, anchor, moment.now_ns, tuple(tried.passed_over))
 
 
 def _responsive_ns(model: ModelQueue, anchor: Request, moment: Moment, slack_ns: int) -> int | None:
@@ -190,14 +195,14 @@ class _Fill:
 
 
 def _most_goodput(model: ModelQueue, anchor: Request, now_ns: int, passed_over: tuple[PassedOver, ...]) -> Choice:
-    """Overload: the batch on a fastest variant that earns the most weight per executor time, giving up on some."""
+    """Overload of one class: the batch on its fastest variant that earns most weight per time, giving up on some."""
     best = _fastest_batch(model, anchor, now_ns, passed_over)
     if best is None:
         raise AssertionError("the anchor fits an executor, or it would not be one. This is a bug.")
     best_score = _weight(best) / best.predicted_ns
     given_up = 0.0
-    ordered = merge(*(waiting.entries for waiting in model.regular.classes.values()))
-    for place, (_, _, head) in enumerate(islice(ordered, _GIVE_UP_MOST + 1)):
+    (waiting,) = model.regular.classes.values()
+    for place, (_, _, head) in enumerate(waiting.entries[: _GIVE_UP_MOST + 1]):
         if place & (place - 1) == 0:  # giving up on 0, 1, 2, 4, 8 ...
             candidate = _fastest_batch(model, head, now_ns, passed_over)
             if candidate is not None:
@@ -210,14 +215,38 @@ def _most_goodput(model: ModelQueue, anchor: Request, now_ns: int, passed_over: 
     return best
 
 
+def _least_lost(model: ModelQueue, anchor: Request, moment: Moment, passed_over: tuple[PassedOver, ...]) -> Choice:
+    """Overload of several classes: of the batches around the first of each, the one that loses the least of the others.
+
+    By weight per executor time, those that only a slow variant serves would always be given up on.
+    """
+    now_ns = moment.now_ns
+    heads = dict.fromkeys([anchor, *(floor_class.first() for floor_class in model.regular.classes.values())])
+    choices = {
+        choice.requests: choice
+        for head in heads
+        for upgrades in ((True, False) if head is anchor else (False,))
+        if (choice := _fastest_batch(model, head, now_ns, passed_over, upgrades=upgrades)) is not None
+    }
+    waiting = left_behind(model)
+
+    def cost(choice: Choice) -> tuple[float, float]:
+        lost_weight = lost(waiting.without(choice.requests), moment, now_ns + choice.predicted_ns)
+        return lost_weight, -_weight(choice) / choice.predicted_ns
+
+    return min(choices.values(), key=cost)
+
+
 def _weight(choice: Choice) -> float:
     return sum(request.weight for request in choice.requests)
 
 
-def _fastest_batch(model: ModelQueue, head: Request, now_ns: int, passed_over: tuple[PassedOver, ...]) -> Choice | None:
+def _fastest_batch(
+    model: ModelQueue, head: Request, now_ns: int, passed_over: tuple[PassedOver, ...], *, upgrades: bool = True
+) -> Choice | None:
     """The largest batch around `head` that finishes within its slack, on the variant that takes the most; or None."""
     slack_ns = head.deadline_ns - REPLY_RESERVE_NS - now_ns
-    joiners = _joiners(model, head, model.fitting(head.allowed, head.samples))
+    joiners = _joiners(model, head, model.fitting(head.allowed, head.samples), upgrades=upgrades)
     fits = {v: _fit(model, v, head, joiners[v], slack_ns) for v in joiners}
     variant = max(fits, key=lambda v: (fits[v], -model.latency.predict_ns(v, head.samples, head.step)))
     if not fits[variant]:
