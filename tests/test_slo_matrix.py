@@ -12,6 +12,7 @@ from scheduling_models import Arrival as Asked
 from scheduling_models import model_of, queue_up, slo, variant
 
 from benchmarks.slo.__main__ import main
+from benchmarks.slo.ablation import ablate
 from benchmarks.slo.family import MS, capacity_per_s, family
 from benchmarks.slo.matrix import carry_out, group_of, measure, read
 from benchmarks.slo.prefix import policy_named
@@ -211,3 +212,11 @@ def test_wrong_usage_is_told(words: list[str], said: str, tmp_path: Path, capsys
         main([*words, "--out", str(tmp_path), "--report", str(tmp_path / "R.md")])
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_ablation_measures_all_three_under_the_same_load() -> None:
+    """At low load nobody misses; far beyond capacity, whatever decides, about what is too much."""
+    assert ablate(replace(SHORT, rho=0.2), 0) == (1.0, 1.0, 1.0)
+    beyond = ablate(replace(SHORT, rho=3.0), 0)
+    assert all(0.2 < attainment < 0.6 for attainment in beyond)
+    assert len(set(beyond)) == 3

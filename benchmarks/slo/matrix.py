@@ -31,7 +31,17 @@ from server.trace import Arrival
 _FILE = "runs.jsonl"
 _ROOT = Path(__file__).parents[2]
 _CODE = ("server/scheduling", "server/simulation", "benchmarks/slo")
-_NO_CODE = ("__main__", "matrix", "report", "analysis", "targets", "pictures", "decisions")  # measure nothing
+_NO_CODE = (
+    "__main__",
+    "matrix",
+    "report",
+    "analysis",
+    "targets",
+    "pictures",
+    "decisions",
+    "ablation",
+    "live",
+)  # measure nothing
 _BIN_NS = 20 * MS
 _BEAM = 64
 _EVERY_S = 10.0
