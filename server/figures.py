@@ -13,12 +13,13 @@ from server.settings import SettingsError
 
 def check_writable(path: Path) -> None:
     """A file made to see whether one can be made does not stay: the run may still fail. Raises SettingsError."""
-    file = path.resolve()
-    existed = file.exists()
     try:
+        if path.exists():  # as it was named: what stands behind /dev/stdout may have no name of its own
+            path.open("a").close()
+            return
+        file = path.resolve()  # where a link leads nowhere, the file that it names
         file.open("a").close()
-        if not existed:
-            file.unlink()
+        file.unlink()
     except OSError as error:
         raise SettingsError(f"--json {path}: {error.strerror}") from None
 

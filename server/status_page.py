@@ -27,7 +27,7 @@ WORDY = frozenset({"why"})
 REASONS = {
     "best": "the most accurate that was allowed",
     "pinned": "the request named it",
-    "overload": "not everyone could be in time, and this batch serves the most",
+    "overload": "not everyone could be in time, and this batch saves the most",
     "late": "nothing could be in time any more",
     "retry": "a batch with this request failed, or its executor was lost",
 }

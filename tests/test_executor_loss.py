@@ -9,7 +9,7 @@ from scheduling_world import World
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.policy import Run
 from server.scheduling.scheduler import Scheduler
-from server.scheduling.slo import OnInfeasible, Outcome, Request
+from server.scheduling.slo import OnInfeasible, Outcome, Request, Slo
 from variants.variant import REFERENCE
 
 DEGRADE, LATE, REJECT = OnInfeasible.DEGRADE, OnInfeasible.LATE, OnInfeasible.REJECT
@@ -163,6 +163,44 @@ def test_who_finds_no_room_for_late_work_ends_at_the_deadline() -> None:
     assert [(end.request, end.outcome) for end in scheduler.tick(255 * MS + 1)] == [(request, Outcome.EXPIRED)]
 
 
+def stuck_twice(asked: Slo) -> tuple[Scheduler, Request, Run]:
+    """A request that both executors got stuck on, one after the other, and its second run."""
+    scheduler, (request,), _ = started(2, model_of(variant(REFERENCE, 0.9, 4, 2)), Arrival(0, asked))
+    assert scheduler.tick(260 * MS) == []
+    run, _ = scheduler.decide(1, 260 * MS)
+    assert run is not None
+    assert scheduler.tick(600 * MS) == []
+    assert request.queue is None
+    assert not request.late  # it may yet be in time
+    return scheduler, request, run
+
+
+@pytest.mark.parametrize("asked", [Slo(), slo(1000, None, LATE)], ids=["named no latency", "asked for late"])
+def test_who_may_be_late_waits_for_the_second_stuck_executor_as_long_as_it_takes(asked: Slo) -> None:
+    """Nobody else is to answer it any more, and a late answer will do: the deadline is no reason to end it."""
+    scheduler, request, run = stuck_twice(asked)
+    assert scheduler.tick(SECOND + 1) == []
+    assert request.late
+    assert scheduler.next_event_ns(SECOND + 1) is None
+    assert list(scheduler.finished(run, 5 * SECOND, 4 * SECOND)) == [request]
+
+
+def test_who_did_not_ask_for_late_does_not_wait_for_the_second_stuck_executor_either() -> None:
+    """It ends at its deadline."""
+    scheduler, request, _ = stuck_twice(slo(1000))
+    assert scheduler.tick(SECOND) == []
+    assert [(end.request, end.outcome) for end in scheduler.tick(SECOND + 1)] == [(request, Outcome.EXPIRED)]
+
+
+@pytest.mark.parametrize("gone_ns", [700 * MS, SECOND + 2], ids=["in time", "late"])
+def test_whose_client_goes_before_the_second_stuck_executor_is_back_ends_at_once(gone_ns: int) -> None:
+    """Whether it is late already or not, it is not kept."""
+    scheduler, request, _ = stuck_twice(slo(1000, None, LATE))
+    assert scheduler.tick(gone_ns - 1) == []
+    assert not scheduler.cancelled(request)
+    assert [end.request for end in scheduler.tick(gone_ns)] == [request]
+
+
 def test_whose_client_has_gone_nobody_waits_for_a_stuck_executor() -> None:
     """It ends when the executor is given up on, or when its client goes after that, although it might be late."""
     asked = slo(200, None, LATE)
@@ -206,6 +244,25 @@ def test_who_waits_for_a_stuck_executor_fails_when_it_dies() -> None:
     assert scheduler.tick(given_up_ns) == []
     ends = scheduler.lost(0, given_up_ns + MS, "incident")
     assert [(end.request, end.outcome) for end in ends] == [(request, Outcome.FAILED)]
+
+
+@pytest.mark.parametrize("event", ["failed", "lost", "stuck"])
+def test_a_bug_that_strikes_while_a_batch_is_tried_again_costs_nobody_the_end(event: str) -> None:
+    """Who was seen to before it waits or has ended; the struck one and those behind it end with what comes next."""
+    scheduler, requests, run = started(2, model_of(), *[Arrival(0, slo(900))] * 4)
+    final, again, struck, behind = requests
+    final.retried = True  # so nobody tries it again
+    struck.samples = None  # type: ignore[assignment]
+    strike = {
+        "failed": lambda: scheduler.failed(run, MS, "incident"),
+        "lost": lambda: scheduler.lost(0, MS, "incident"),
+        "stuck": lambda: scheduler.tick(251 * MS + 10 * run.predicted_ns),
+    }
+    with pytest.raises(TypeError):
+        strike[event]()
+    ends = scheduler.lost(0, SECOND // 2, "incident") if event == "stuck" else scheduler.tick(MS)
+    assert [(end.request, end.outcome) for end in ends] == [(each, Outcome.FAILED) for each in (final, struck, behind)]
+    assert list(scheduler.models[run.model].regular) == [again]
 
 
 def test_who_could_only_be_tried_again_on_the_lost_executor_waits_for_it() -> None:

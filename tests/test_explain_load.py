@@ -18,7 +18,7 @@ from server.scheduling.forecast import ArrivalForecast
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.policies.fitdrain import FitDrain
 from server.scheduling.scheduler import Run, Scheduler
-from server.scheduling.slo import OnInfeasible, Slo
+from server.scheduling.slo import ModelKey, OnInfeasible, Request, Slo
 
 NOW = 1_000_000 * MS
 VARIANTS = five_variants()
@@ -244,3 +244,24 @@ def test_asking_leaves_the_other_models_alone() -> None:
     assert [each.patience for each in (model, other)] == patience
     assert [vars(each) for each in patience] == seen
     assert [each.served_ns for each in (model, other)] == served
+
+
+class Buggy(ModelQueue):
+    """Takes nobody in."""
+
+    def add(self, request: Request) -> None:
+        raise RuntimeError
+
+
+def test_a_bug_that_strikes_when_the_request_has_half_arrived_changes_nothing() -> None:
+    """The forecast, the budget, the share and everybody's patience are put back."""
+    model, other = Buggy(ModelKey("m", "1"), VARIANTS), model_of(name="n")
+
+    def state() -> tuple[object, ...]:
+        return model.forecast, model.typical_budget_ns, model.served_ns, model.patience, other.patience
+
+    before = state()
+    load = Load(NOW, [NOW], 0, 10**9, [other], joins_ns=7)
+    with pytest.raises(RuntimeError):
+        explain(model, VARIANTS, slo(100), DEFAULTS, load, FitDrain())
+    assert state() == before

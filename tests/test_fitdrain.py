@@ -205,10 +205,40 @@ def test_overload_gives_up_on_one_for_the_many_behind_it() -> None:
     assert len(numbers) == 16
 
 
-def test_overload_does_not_give_up_on_those_whom_only_a_slow_variant_serves() -> None:
-    """One strict request earns less per time than many others, which are saved behind it, but it not behind them."""
-    model = model_with(within(14, floor=0.913), *[within(28)] * 40)
-    assert chosen(model, choose(model, 0, [])) == ("fp32", [0], "overload")
+STRICT = 0.913
+
+
+def calm(*parts: tuple[int, float, float | None], per_ms: int = 0) -> tuple[str, list[int], str]:
+    """What runs when so many wait who came long ago, with so many milliseconds left and such floors."""
+    model = model_with(*[within(600 + left_ms, floor) for count, left_ms, floor in parts for _ in range(count)])
+    for instant_ns in range(0, 600 * MS if per_ms else 0, MS):
+        model.note_arrival(per_ms, 500 * MS, instant_ns)
+    return chosen(model, choose(model, 600 * MS, []))
+
+
+def test_a_passing_overload_does_not_give_up_on_all_whom_only_a_slow_variant_serves() -> None:
+    """A strict request earns less per time than four others; they are in time behind it, and it not behind them."""
+    assert calm((2, 16, STRICT), (4, 28, None)) == ("fp32", [0], "overload")
+
+
+def test_a_lasting_overload_goes_by_goodput_alone() -> None:
+    """The same while more arrive than any variant could serve."""
+    assert calm((2, 16, STRICT), (4, 28, None), per_ms=3) == ("distilled", [2, 3, 4, 5], "overload")
+
+
+def test_an_overload_that_loses_many_anyhow_goes_by_goodput_too() -> None:
+    """Where most are lost whatever runs, one strict request more is not worth the time."""
+    assert calm((8, 14, STRICT), (8, 28, None))[0] == "distilled"
+
+
+def test_a_passing_overload_may_give_up_on_the_most_urgent() -> None:
+    """Neither the most urgent nor the largest batch goes first where both would lose more than a strict request."""
+    assert calm((1, 20, STRICT), (2, 8, None), (16, 28, None)) == ("fp32", [0], "overload")
+
+
+def test_of_batches_that_lose_as_few_the_one_with_more_goodput_goes_first() -> None:
+    """Whoever goes first, two are lost; the faster run leaves more time."""
+    assert calm((2, 13, STRICT), (1, 14, None)) == ("distilled", [2], "overload")
 
 
 def test_overload_weighs_priority() -> None:

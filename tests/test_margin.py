@@ -58,15 +58,25 @@ def test_a_margin_is_narrow_again_soon_after_a_bad_moment() -> None:
 
 
 def test_old_scores_are_forgotten_even_where_nothing_new_comes() -> None:
-    """Of what was a minute ago nothing is left."""
+    """Who was passed over is not measured: after seconds without a score the start counts again."""
     margin = Margin()
     for batch in range(50):
         margin.observe(4.0, batch * MS)
-    assert not margin.forget(59 * SECOND)
+    assert not margin.forget(5 * SECOND)
     assert margin.value > 2.0
-    assert margin.forget(61 * SECOND)
+    assert margin.forget(6 * SECOND)
     assert margin.value == START
     assert not margin.forget(70 * SECOND)
+
+
+def test_what_was_a_minute_ago_is_forgotten_though_new_scores_come() -> None:
+    """A bad moment raises the margin of sparse batches for a minute and no longer."""
+    margin = Margin()
+    for batch in range(5):
+        margin.observe(3.0, batch * MS)
+    for second in range(1, 62, 2):
+        margin.observe(1.0, second * SECOND)
+        assert (margin.value > 2.0) == (second <= 60)
 
 
 def test_after_a_refusal_scores_are_void_as_soon_as_nothing_new_comes() -> None:

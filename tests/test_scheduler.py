@@ -169,6 +169,44 @@ def test_a_retry_without_time_is_late_for_who_asked_for_that() -> None:
     assert world.batches[0].variant != world.batches[1].variant
 
 
+@pytest.mark.parametrize(
+    ("on_infeasible", "outcome", "name"),
+    [((DEGRADE, LATE), Outcome.DEGRADED, "amp"), ((LATE, DEGRADE), Outcome.LATE, "fp32"), ((), Outcome.FAILED, "none")],
+)
+def test_a_retry_too_late_for_the_floor_goes_on_in_the_order_that_was_asked_for(
+    on_infeasible: tuple[OnInfeasible, ...], outcome: Outcome, name: str
+) -> None:
+    """Its batch failed when only the variant below its soft floor could be in time yet."""
+    strict, fast = variant("fp32", 0.913, 40, 2), variant("amp", 0.9, 8, 0.5)
+    world = World(model_of(strict, fast), fails=lambda run: not run.requests[0].solo)
+    asked = slo(70, 0.913, *on_infeasible, hard=False)
+    _, number = world.arrive(Arrival(0, slo(500, 0.913, hard=False)), Arrival(0, asked))
+    world.run()
+    assert (world.batches[0].variant, len(world.batches[0].members)) == ("fp32", 2)
+    assert (world.outcome(number), world.ended[number].variant) == (outcome, name)
+
+
+@pytest.mark.parametrize("asked", [(DEGRADE,), (REJECT, DEGRADE)])
+def test_a_lone_failure_of_the_only_variant_of_a_soft_floor_is_degraded_if_asked_for(
+    asked: tuple[OnInfeasible, ...],
+) -> None:
+    """No other variant keeps the floor; what comes after `reject` is not asked for."""
+    world = World(model_of(), fails=lambda run: run.variant == "fp32")
+    number = world.arrive(Arrival(0, slo(500, 0.913, *asked, hard=False)))[0]
+    world.run()
+    assert world.outcome(number) is (Outcome.DEGRADED if asked[0] is DEGRADE else Outcome.FAILED)
+
+
+def test_a_retry_of_who_is_late_already_needs_no_room() -> None:
+    """It had its place among the late work, which filled up while it ran: when its batch fails, it is tried again."""
+    world = World(
+        model_of(), max_requests=4, fails=lambda run: run.requests[0].number == 0 and not run.requests[0].solo
+    )
+    numbers = world.arrive(*[Arrival(at * MS, slo(1, None, LATE)) for at in (0, 1, 1)])
+    world.run()
+    assert [world.outcome(number) for number in numbers] == [Outcome.LATE] * 3
+
+
 def test_a_waiting_request_that_is_cancelled_never_runs() -> None:
     """Cancelled in the queue, it is in no batch, and its neighbours are."""
     world = World(model_of())

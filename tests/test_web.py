@@ -294,7 +294,7 @@ def test_a_decision_says_what_every_more_accurate_variant_lacked(server: Server)
     whys = [row[-1] for row in Text(server.ask("/").read().decode()).rows[-3:]]
     assert whys == [
         "the most accurate that was allowed",
-        "not everyone could be in time, and this batch serves the most; fp32 was 3.10 ms short of being in time",
+        "not everyone could be in time, and this batch saves the most; fp32 was 3.10 ms short of being in time",
         (
             "fp32 was 3.10 ms short of being in time; amp was 1 sample short of a full batch; "
             "int8 would have made those behind 12.34 ms late"

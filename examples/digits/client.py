@@ -31,7 +31,7 @@ REASONS = {
     "slack": "the better ones are too slow for this",
     "batch": "the better ones could not take all who wait",
     "drain": "the better ones would make others late",
-    "overload": "this serves the most of too many",
+    "overload": "too many for all: this saves the most",
     "late": "nothing could be in time any more",
 }
 Slo = Mapping[str, Any]

@@ -21,7 +21,6 @@ from server.scheduling.slo import Request
 from server.scheduling.waiting import ClassKey
 
 _STEPS = 24  # batches of backlog tested one by one; the rest is tested as a fluid
-_STEPS_OF_LOSSES = 12  # the same where losses are compared, which is done for several batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +67,23 @@ class _Rival:
         """The request and its time, if that is within the slack."""
         return int(self.run_ns <= slack_ns), self.run_ns
 
+    def counts(self, newcomer_ns: int, free_ns: int) -> bool:
+        """Whether it takes time from those who are to come, or would be late itself.
+
+        Who has time after this batch, and more than a newcomer to this model would have, does neither.
+        """
+        due_ns = self.entries[0][2].deadline_ns - REPLY_RESERVE_NS
+        return due_ns <= newcomer_ns or free_ns + self.run_ns > due_ns
+
 
 @dataclass(frozen=True, slots=True)
 class Behind:
-    """What waits behind a batch, by floor class, and the requests that the batch takes."""
+    """What waits behind a batch at one moment, by floor class, and the requests that the batch takes."""
 
     model: ModelQueue
+    moment: Moment
     streams: Sequence[_Stream]
+    rivals: Sequence[_Rival]
     left: Sequence[int]
     """How many requests of each stream are not taken."""
     gone: Collection[Request] = ()
@@ -85,18 +94,30 @@ class Behind:
             raise ValueError("a batch has been taken already")
         taken_from = Counter((request.allowed, request.step) for request in taken)
         left = [count - taken_from[stream.key] for stream, count in zip(self.streams, self.left, strict=True)]
-        return Behind(self.model, self.streams, left, set(taken))
+        return Behind(self.model, self.moment, self.streams, self.rivals, left, set(taken))
 
 
-def left_behind(model: ModelQueue, taken: Sequence[Request] = ()) -> Behind:
-    """What waits once a batch has been taken."""
+def left_behind(model: ModelQueue, moment: Moment, taken: Sequence[Request] = ()) -> Behind:
+    """What waits once a batch has been taken.
+
+    Of other models only the most urgent request is looked at, where it can still be in time: what lies behind it is a
+    matter of fairness.
+    """
     streams = []
     for key, waiting in model.regular.classes.items():
         chunk = model.chunk(*key, waiting)
         if chunk is not None:
             streams.append(_Stream(key, model.latency, waiting.entries, chunk, waiting.average))
-    behind = Behind(model, streams, [len(stream.entries) for stream in streams])
+    behind = Behind(model, moment, streams, list(_rivals(moment)), [len(stream.entries) for stream in streams])
     return behind.without(taken) if taken else behind
+
+
+def _rivals(moment: Moment) -> Iterator[_Rival]:
+    for rival in moment.rivals:
+        head = rival.most_urgent(moment.now_ns)
+        run_ns = None if head is None else rival.quickest_ns(head.allowed, head.samples, head.step)
+        if head is not None and run_ns is not None:
+            yield _Rival(((head.order_ns, head.number, head),), run_ns)
 
 
 class Shortage(NamedTuple):
@@ -106,41 +127,46 @@ class Shortage(NamedTuple):
     arriving_ns: int = 0
 
 
-def shortage(behind: Behind, moment: Moment, free_ns: int) -> Shortage:
+def shortage(behind: Behind, free_ns: int) -> Shortage:
     """By how much the first of those left behind, else the forecast, would be late on their fastest variants.
 
-    `free_ns` is when the executor that decides would be free again. Of other models only the most urgent request is
-    looked at, where it can still be in time: what lies behind it is a matter of fairness.
+    `free_ns` is when the executor that decides would be free again.
     """
-    play = _Play(behind, moment, free_ns)
-    late = next(play.late(_STEPS), None)
-    return _as_fluid(behind, moment, free_ns, play) if late is None else Shortage(late[0])
+    play = _Play(behind, free_ns)
+    late = next(play.late(), None)
+    return _as_fluid(behind, free_ns, play) if late is None else Shortage(late[0])
 
 
-def lost(behind: Behind, moment: Moment, free_ns: int) -> float:
+def lost(behind: Behind, free_ns: int, most: float) -> float:
     """The weight of those left behind who would be late though each batch saves whom it can, the most urgent first.
 
-    Only the next few batches are looked at.
+    Only the next few batches are looked at, and no further than to more than `most`.
     """
-    return sum(request.weight for _, request in _Play(behind, moment, free_ns).late(_STEPS_OF_LOSSES))
+    weight = 0.0
+    for _, request in _Play(behind, free_ns).late():
+        weight += request.weight
+        if weight > most:
+            break
+    return weight
 
 
 class _Play:
     """The backlog played forward: when the executors are `free`, and how many requests of each class are `left`."""
 
-    def __init__(self, behind: Behind, moment: Moment, free_ns: int) -> None:
-        self.free = [free_ns, *moment.others_free_ns]
+    def __init__(self, behind: Behind, free_ns: int) -> None:
+        self.free = [free_ns, *behind.moment.others_free_ns]
         heapify(self.free)
         self._gone = behind.gone
-        rivals = list(_rivals(behind, moment, free_ns))
+        newcomer_ns = int(behind.moment.now_ns + behind.model.typical_budget_ns)
+        rivals = [rival for rival in behind.rivals if rival.counts(newcomer_ns, free_ns)]
         self._streams: list[_Stream | _Rival] = [*behind.streams, *rivals]
         self.left = [*behind.left, *(1 for _ in rivals)]
 
-    def late(self, steps: int) -> Iterator[tuple[int, Request]]:
+    def late(self) -> Iterator[tuple[int, Request]]:
         """Play on to whoever would be late next, and leave them out: by how much, and who."""
         heads = [head for number in range(len(self.left)) if (head := self._head(number, 0)) is not None]
         heapify(heads)
-        for _ in range(steps):
+        for _ in range(_STEPS):
             if not heads:
                 break
             deadline_ns, number, place = heads[0]
@@ -164,44 +190,18 @@ class _Play:
         return None if found is None else (stream.entries[found][2].deadline_ns, number, found)
 
 
-def _rivals(behind: Behind, moment: Moment, free_ns: int) -> Iterator[_Rival]:
-    """Every other model's most urgent request that can still be in time.
-
-    Who has time after this batch, and more than a newcomer here would have, takes nothing from those who are to come.
-    """
-    newcomer_ns = moment.now_ns + behind.model.typical_budget_ns
-    for rival in moment.rivals:
-        head = rival.most_urgent(moment.now_ns)
-        run_ns = None if head is None else rival.quickest_ns(head.allowed, head.samples, head.step)
-        if head is not None and run_ns is not None:
-            due_ns = head.deadline_ns - REPLY_RESERVE_NS
-            if due_ns <= newcomer_ns or free_ns + run_ns > due_ns:
-                yield _Rival(((head.order_ns, head.number, head),), run_ns)
-
-
-def _as_fluid(behind: Behind, moment: Moment, free_ns: int, play: _Play) -> Shortage:
+def _as_fluid(behind: Behind, free_ns: int, play: _Play) -> Shortage:
     """By how much what was not tested one by one, and what is to come while the batch runs, would be late."""
-    free = play.free
+    model, now_ns, free = behind.model, behind.moment.now_ns, play.free
     tail_ns = last_deadline_ns = 0
-    for stream, count in zip(behind.streams, play.left, strict=False):
+    for stream, count in zip(behind.streams, play.left[: len(behind.streams)], strict=True):
         if count > 0:
             tail_ns += -(-count // stream.full.requests) * stream.full.batch_ns
             last_deadline_ns = max(last_deadline_ns, stream.entries[-1][2].deadline_ns)
     if tail_ns and (late_ns := max(free) + tail_ns // len(free) - last_deadline_ns) > 0:
         return Shortage(late_ns)
-    arriving_ns = _arriving_ns(behind.model, moment.now_ns, free_ns, len(free))
-    if not arriving_ns:
+    coming = model.forecast.expected(free_ns - now_ns, now_ns, model.utilisation(now_ns, len(free)))
+    if not coming:
         return Shortage(0)
-    drained_ns = (sum(free) + tail_ns + arriving_ns) // len(free)
-    return Shortage(0, max(0, int(drained_ns - moment.now_ns - behind.model.typical_budget_ns)))
-
-
-def _arriving_ns(model: ModelQueue, now_ns: int, free_ns: int, executors: int) -> int:
-    """Executor time of the arrivals to be expected during the batch, as a fluid on the fastest variant."""
-    fastest = model.fastest(model.eligible)
-    if fastest is None:
-        return 0
-    batch = model.throughput_batch(fastest)
-    each_ns = model.latency.crowded_ns(fastest, batch) / batch
-    load = model.forecast.rate(now_ns) * each_ns / 1e9 / executors
-    return int(model.forecast.expected(free_ns - now_ns, now_ns, load) * each_ns)
+    drained_ns = (sum(free) + tail_ns + int(coming * model.least_cost_ns())) // len(free)
+    return Shortage(0, max(0, int(drained_ns - now_ns - model.typical_budget_ns)))

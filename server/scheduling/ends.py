@@ -5,6 +5,7 @@ Rules: what a request asked for in `on_infeasible` is tried in its order; a requ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from server.errors import DeadlineMissed, Infeasible, ServingError
@@ -53,22 +54,36 @@ def second_chance(
     """Let a request of a failed batch wait to be tried again, alone; False where that makes no sense.
 
     Where the variant is to blame, another is taken; where there is none, only a request with batch-mates is tried on
-    the same: one of them may have poisoned the batch. Where the executor is to blame, any will do. Who can no longer
-    be in time is tried again late, if it asked for that.
+    the same: one of them may have poisoned the batch. Where the executor is to blame, any will do. Who cannot be tried
+    so, or not in time, is degraded or tried again late, as it asked.
     """
-    remaining = allowed = request.allowed & model.open_to(request)
-    if blames_variant:
-        remaining = allowed & ~(1 << run.place) or (allowed if len(run.requests) > 1 else 0)
-    quickest_ns = model.quickest_ns(remaining, request.samples, request.step)
-    if request.retried or request.abandoned or quickest_ns is None:
+    if request.retried or request.abandoned:
         return False
-    if now_ns + quickest_ns > request.deadline_ns - REPLY_RESERVE_NS and not request.late:
-        if not request.may_be_late or not _has_room(request, late_room):
-            return False
-        request.late = True
-    request.allowed, request.solo, request.retried = remaining, True, True
-    model.add(request)
-    return True
+    blamed = 1 << run.place if blames_variant else 0
+    for allowed, late in _ways(request):
+        usable = allowed & model.open_to(request)
+        remaining = usable & ~blamed or (usable if len(run.requests) > 1 else 0)
+        quickest_ns = model.quickest_ns(remaining, request.samples, request.step)
+        if quickest_ns is None:
+            continue
+        in_time = now_ns + quickest_ns <= request.deadline_ns - REPLY_RESERVE_NS
+        if in_time or request.late or (late and _has_room(request, late_room)):
+            request.allowed, request.late, request.solo, request.retried = remaining, late, True, True
+            model.add(request)
+            return True
+    return False
+
+
+def _ways(request: Request) -> Iterator[tuple[int, bool]]:
+    """On which variants, and whether late, a request may be tried: as it is, then as it asked, in its order."""
+    allowed, late = request.allowed, request.late
+    yield allowed, late
+    for action in request.on_infeasible:
+        if action is OnInfeasible.REJECT:
+            return
+        if action is OnInfeasible.DEGRADE:
+            allowed |= request.fallback
+        yield allowed, late or action is OnInfeasible.LATE
 
 
 def _has_room(request: Request, late_room: int | None) -> bool:

@@ -126,8 +126,9 @@ def _rehearsed(rehearsal: _Rehearsal, request: Request) -> _Answer:
 @contextmanager
 def _rehearsal(model: ModelQueue, request: Request, load: Load, policy: Policy) -> Iterator[_Rehearsal]:
     """The queue with the request in it, to be played forward; left, everybody is back in his place."""
-    rehearsal = _Rehearsal(model, request, load, policy)
+    rehearsal = _Rehearsal(model, load, policy)
     try:
+        rehearsal.begin(request, load)
         yield rehearsal
     finally:
         rehearsal.undo(request)
@@ -136,12 +137,18 @@ def _rehearsal(model: ModelQueue, request: Request, load: Load, policy: Policy) 
 class _Rehearsal:
     """What would be decided, one batch after the other, if nobody else came; the forecast stays what it is now."""
 
-    def __init__(self, model: ModelQueue, request: Request, load: Load, policy: Policy) -> None:
+    def __init__(self, model: ModelQueue, load: Load, policy: Policy) -> None:
         self.model = model
         self._policy = policy
         self._others = load.others
         self._before = model.forecast, model.typical_budget_ns, model.served_ns
         self._patience = [(each, each.patience) for each in (model, *load.others)]
+        self._free_ns = sorted(max(free, load.now_ns) for free in load.free_ns)
+        self._out: list[Request] = []
+
+    def begin(self, request: Request, load: Load) -> None:
+        """Let the request arrive; whatever becomes of that, `undo` puts everything back."""
+        model = self.model
         noted = copy(model)
         noted.forecast = copy(model.forecast)
         noted.note_arrival(request.samples, max(request.deadline_ns - load.now_ns, 1), load.now_ns, request.step)
@@ -152,15 +159,14 @@ class _Rehearsal:
         model.patience.arrived(request, load.now_ns)
         if not model.queues:
             model.served_ns = max(model.served_ns, load.joins_ns)
-        self._free_ns = sorted(max(free, load.now_ns) for free in load.free_ns)
-        self._out: list[Request] = []
         model.add(request)
 
     def undo(self, request: Request) -> None:
         """Put back who was taken out, but for the request that was asked about."""
         for each in self._out:
             self.model.add(each)
-        self.model.remove(request)
+        if request.queue is not None:
+            self.model.remove(request)
         self.model.forecast, self.model.typical_budget_ns, self.model.served_ns = self._before
         for model, patience in self._patience:
             model.patience = patience

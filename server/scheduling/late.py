@@ -58,7 +58,7 @@ def aged_late_batch(
         choice = late_batch(late, None) if aged else None
         if choice is None:
             continue
-        if not any(shortage(left_behind(model), moment, moment.now_ns + choice.predicted_ns)):
+        if not any(shortage(left_behind(model, moment), moment.now_ns + choice.predicted_ns)):
             return late, choice
     return None
 

@@ -4,9 +4,9 @@ A margin is a high quantile of what was seen lately, the *scores*: actual over p
 itself corrected (Gibbs and Candès, NeurIPS 2021): each miss asks for a higher one, each hit for a slightly lower one,
 so that in the long run `MISS_RATE` of the predictions are exceeded, whatever the noise and however it drifts.
 
-The window is of a minute: where like batches come more than seconds apart, the few that it holds promise less. Too few
-are filled up with the starting margin. What was refused is never measured, so that one bad moment must not lock an idle
-executor out: once something was refused and nothing new has been seen for a second, all scores are void.
+The window is of a minute: where like batches come more than a few seconds apart, it promises less. Too few scores are
+filled up with the starting margin. What was refused or passed over is never measured, and one bad moment must not lock
+out an idle executor, or a variant: with nothing new for seconds all scores are void, sooner if something was refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _LEAST, _MOST = 1.02, 4.0
 _WINDOW = 200  # scores remembered
 _ENOUGH = 100  # scores below which the starting margin stands in for those that are missing
 _AGE_NS = 60_000_000_000
-_REST_NS = 1_000_000_000  # after this long without a new score those that may have led to a refusal are void
+_REST_NS = 5_000_000_000  # after this long without a new score the old ones are void
+_REST_IN_DOUBT_NS = 1_000_000_000  # the same where they may have led to a refusal
 _STEP = 0.002
 _LEAST_RATE, _MOST_RATE = -0.02, 0.05
 _BEYOND = 5.0  # how much of the negative part of the rate is added to the largest score
@@ -54,7 +55,8 @@ class Margin:
     def forget(self, now_ns: int) -> bool:
         """Drop what is too old; True if that changed the margin's scores."""
         old = len(self._scores)
-        if self.doubted and self._scores and self._scores[-1][0] < now_ns - _REST_NS:
+        rest_ns = _REST_IN_DOUBT_NS if self.doubted else _REST_NS
+        if self._scores and self._scores[-1][0] < now_ns - rest_ns:
             self._scores.clear()
             self._sorted.clear()
         while self._scores and self._scores[0][0] < now_ns - _AGE_NS:

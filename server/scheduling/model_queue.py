@@ -197,6 +197,18 @@ class ModelQueue:
             return 1
         return max(1, self.latency.largest_crowded(variant, int(self.typical_budget_ns / 2)))
 
+    def least_cost_ns(self) -> float:
+        """Executor time of a sample on the fastest variant, in batches of the size that a backlog drains in."""
+        fastest = self.fastest(self.eligible)
+        if fastest is None:
+            return 0.0
+        batch = self.throughput_batch(fastest)
+        return self.latency.crowded_ns(fastest, batch) / batch
+
+    def utilisation(self, now_ns: int, executors: int) -> float:
+        """The share of all executor time that arrivals take at least, at the rate of late."""
+        return self.forecast.rate(now_ns) * self.least_cost_ns() / 1e9 / executors
+
     def chunk(self, allowed: int, step: int, waiting: FloorClass) -> Chunk | None:
         """How a class drains on its fastest variant; None where it has none left.
 

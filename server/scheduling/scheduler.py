@@ -45,7 +45,7 @@ class Scheduler:
         self._wakes_ns: dict[ModelKey, dict[int, int]] = {}
         """When a policy that chose to wait wants to be asked again, by the executor that it let wait."""
         self._hoped: dict[int, list[Request]] = {}
-        """Of executors that seem stuck, the requests that can be answered by nobody else."""
+        """Of executors that seem stuck or have just failed, the requests that can be answered by nobody else."""
         self._ended: list[End] = []
         """Who ended and was not handed over yet: it outlives an exception, and goes out with the next call."""
         self._late_again_ns = 0
@@ -208,34 +208,40 @@ class Scheduler:
         Where no other variant is allowed, only a request that had batch-mates is tried again, on the same variant:
         one of them may have poisoned the batch.
         """
-        if self.pool.end(run, now_ns):
-            return self._try_again(run, now_ns, incident, blames_variant=True)
-        return self._end_hoped(run.executor, incident)
+        try:
+            if self.pool.end(run, now_ns):
+                self._try_again(run, now_ns, blames_variant=True)
+        finally:
+            self._end_hoped(run.executor, incident)
+        return self._hand_over()
 
     def lost(self, executor: int, now_ns: int, incident: str) -> list[End]:
         """An executor died, until it is `regained`; its requests are tried once more."""
         run = self.pool.lose(executor)
-        if run is None:  # it was idle, or had been given up on
-            return self._end_hoped(executor, incident)
-        return self._try_again(run, now_ns, incident, blames_variant=False)
+        try:
+            if run is not None:  # else it was idle, or had been given up on
+                self._try_again(run, now_ns, blames_variant=False)
+        finally:
+            self._end_hoped(executor, incident)
+        return self._hand_over()
 
-    def _end_hoped(self, executor: int, incident: str) -> list[End]:
+    def _end_hoped(self, executor: int, incident: str) -> None:
         hoped = self._hoped.pop(executor, ())
-        return [End(request, Outcome.FAILED, RuntimeFailed(incident)) for request in hoped]
+        self._ended += [End(request, Outcome.FAILED, RuntimeFailed(incident)) for request in hoped]
 
     def regained(self, executor: int) -> None:
         """A lost executor is back."""
         self.pool.regain(executor)
 
-    def _try_again(self, run: Run, now_ns: int, incident: str, *, blames_variant: bool) -> list[End]:
+    def _try_again(self, run: Run, now_ns: int, *, blames_variant: bool) -> None:
+        """Requeue whom that may help; the others, and after an exception all who are left, hope for the executor."""
+        hoped = self._hoped[run.executor] = list(run.requests)
         model = self.models[run.model]
         model.latency.refresh(now_ns, *self.pool.spots(now_ns))
-        ended = []
         for request in run.requests:
             room = self._late_room(model)
-            if not second_chance(model, request, run, now_ns, room, blames_variant=blames_variant):
-                ended.append(End(request, Outcome.FAILED, RuntimeFailed(incident)))
-        return ended
+            if second_chance(model, request, run, now_ns, room, blames_variant=blames_variant):
+                hoped.remove(request)
 
     def tick(self, now_ns: int) -> list[End]:
         """Take out what can no longer finish in time, as each request asked for that case."""
@@ -255,9 +261,15 @@ class Scheduler:
         return ended
 
     def _expire_hoped(self, now_ns: int) -> None:
-        """Who waits for a stuck executor in vain ends at the deadline, unless it is late already."""
+        """Who waits for a stuck executor in vain ends at the deadline, unless it is late already.
+
+        Where that was the second try, who may be late goes on waiting; at the first there was no room for late work.
+        """
         for requests in self._hoped.values():
             for request in [each for each in requests if each.abandoned or _has_expired(each, now_ns)]:
+                if request.retried and request.may_be_late and not request.abandoned:
+                    request.late = True
+                    continue
                 requests.remove(request)
                 error = DeadlineMissed("the executor that ran it did not come back in time")
                 self._ended.append(End(request, Outcome.EXPIRED, error))
@@ -267,8 +279,7 @@ class Scheduler:
         for executor in self.pool.overdue(now_ns):
             run = self.pool.lose(executor)
             if run is not None:
-                left = self._try_again(run, now_ns, "", blames_variant=False)
-                self._hoped[executor] = [end.request for end in left]
+                self._try_again(run, now_ns, blames_variant=False)
 
     def next_event_ns(self, now_ns: int) -> int | None:
         """When to call `tick` and `decide` again even if nothing happens; None when there will be nothing to do."""

@@ -9,8 +9,8 @@ The theory, in the order of the code:
    arrivals to be expected meanwhile, would still finish in time on their fastest allowed variants. SlackFit
    (NSDI'25), which looks at the slack alone, lets a backlog build up and then has no slack left.
 4. **Overload.** When nothing is safe, give up on the few most urgent requests if the batch behind them yields more
-   weighted goodput per executor time (as Nexus, SOSP'19, drops early so that batches stay large). Among several floor
-   classes, take the batch that loses the least weight of all who wait.
+   weighted goodput per executor time (as Nexus, SOSP'19, drops early so that batches stay large). As that always gives
+   up on those whom only a slow variant serves, an overload that will pass takes a batch that loses hardly anybody.
 
 A request may run on any variant of its class, so batches mix floor classes: the batch's variant decides who can join,
 and nobody joins a variant outside its class. That makes hard floors unbreakable here.
@@ -34,6 +34,8 @@ _FILL = 0.85  # a variant that cannot take this share of the fitting batch is pa
 _GIVE_UP_MOST = 64  # urgent requests that overload may pass over
 _LOOKED_AT = 8  # so many times the batch size, in requests: who does not fit among these is not looked for further
 _GIVE_UP_PENALTY = 0.5
+_FEW_LOST = 4.0  # the weight of so few makes overload look like a passing one
+_HEADS = 8  # classes whose first request may head a batch that loses few
 
 
 class FitDrain:
@@ -63,11 +65,7 @@ def _choose(model: ModelQueue, anchor: Request, moment: Moment) -> Choice:
             choice = _safe(model, anchor, moment, _Limits(within_ns, upgrades), tried)
             if choice is not None:
                 return choice
-    if tried.next_best is not None:
-        return tried.next_best
-    if len(model.regular.classes) > 1:
-        return _least_lost(model, anchor, moment, tuple(tried.passed_over))
-    return _most_goodput(model, anchor, moment.now_ns, tuple(tried.passed_over))
+    return tried.next_best or _overload(model, anchor, moment, tuple(tried.passed_over))
 
 
 def _responsive_ns(model: ModelQueue, anchor: Request, moment: Moment, slack_ns: int) -> int | None:
@@ -134,7 +132,7 @@ def _safe(model: ModelQueue, anchor: Request, moment: Moment, limits: _Limits, t
             passed_over.append(PassedOver(variant, "reserve", predicted_ns - within_ns))
         elif fill.samples < wanted:
             passed_over.append(PassedOver(variant, "batch", wanted - fill.samples))
-        elif any(short := shortage(fill.behind(model), moment, finish_ns)):
+        elif any(short := shortage(fill.behind(model, moment), finish_ns)):
             passed_over.append(PassedOver(variant, "drain", sum(short)))
             if not short.waiting_ns and (tried.next_best is None or short.arriving_ns < tried.short_ns):
                 found = Choice(variant, fill.requests, fill.samples, predicted_ns, "drain", tuple(passed_over[:-1]))
@@ -187,22 +185,41 @@ class _Fill:
         self.deadline_ns = min(request.deadline_ns for request in batch)
         self._behind: Behind | None = None
 
-    def behind(self, model: ModelQueue) -> Behind:
+    def behind(self, model: ModelQueue, moment: Moment) -> Behind:
         """The work that this batch leaves behind."""
         if self._behind is None:
-            self._behind = left_behind(model, self.requests)
+            self._behind = left_behind(model, moment, self.requests)
         return self._behind
 
 
+def _overload(model: ModelQueue, anchor: Request, moment: Moment, passed_over: tuple[PassedOver, ...]) -> Choice:
+    """The batch with the most goodput; where overload will pass, rather one that loses hardly anybody."""
+    goodput = _most_goodput(model, anchor, moment.now_ns, passed_over)
+    unequal = len({model.fastest(allowed) for allowed, _ in model.regular.classes}) > 1
+    if not unequal or model.utilisation(moment.now_ns, 1 + len(moment.others_free_ns)) >= 1.0:
+        return goodput
+    firsts = sorted(floor_class.entries[0] for floor_class in model.regular.classes.values())[:_HEADS]
+    heads = dict.fromkeys([anchor, *(request for _, _, request in firsts)])
+    choices = [goodput, _fastest_batch(model, anchor, moment.now_ns, passed_over)]
+    choices += [_fastest_batch(model, head, moment.now_ns, passed_over, upgrades=False) for head in heads]
+    waiting = left_behind(model, moment)
+    best, least = goodput, (_FEW_LOST, 0.0)
+    for choice in {choice.requests: choice for choice in choices if choice is not None}.values():
+        cost = lost(waiting.without(choice.requests), moment.now_ns + choice.predicted_ns, _FEW_LOST), -_rate(choice)
+        if cost < least:
+            best, least = choice, cost
+    return best
+
+
 def _most_goodput(model: ModelQueue, anchor: Request, now_ns: int, passed_over: tuple[PassedOver, ...]) -> Choice:
-    """Overload of one class: the batch on its fastest variant that earns most weight per time, giving up on some."""
+    """The batch on a fastest variant that earns the most weight per executor time, giving up on some."""
     best = _fastest_batch(model, anchor, now_ns, passed_over)
     if best is None:
         raise AssertionError("the anchor fits an executor, or it would not be one. This is a bug.")
-    best_score = _weight(best) / best.predicted_ns
+    best_score = _rate(best)
     given_up = 0.0
-    (waiting,) = model.regular.classes.values()
-    for place, (_, _, head) in enumerate(waiting.entries[: _GIVE_UP_MOST + 1]):
+    ordered = merge(*(waiting.entries for waiting in model.regular.classes.values()))
+    for place, (_, _, head) in enumerate(islice(ordered, _GIVE_UP_MOST + 1)):
         if place & (place - 1) == 0:  # giving up on 0, 1, 2, 4, 8 ...
             candidate = _fastest_batch(model, head, now_ns, passed_over)
             if candidate is not None:
@@ -215,30 +232,12 @@ def _most_goodput(model: ModelQueue, anchor: Request, now_ns: int, passed_over: 
     return best
 
 
-def _least_lost(model: ModelQueue, anchor: Request, moment: Moment, passed_over: tuple[PassedOver, ...]) -> Choice:
-    """Overload of several classes: of the batches around the first of each, the one that loses the least of the others.
-
-    By weight per executor time, those that only a slow variant serves would always be given up on.
-    """
-    now_ns = moment.now_ns
-    heads = dict.fromkeys([anchor, *(floor_class.first() for floor_class in model.regular.classes.values())])
-    choices = {
-        choice.requests: choice
-        for head in heads
-        for upgrades in ((True, False) if head is anchor else (False,))
-        if (choice := _fastest_batch(model, head, now_ns, passed_over, upgrades=upgrades)) is not None
-    }
-    waiting = left_behind(model)
-
-    def cost(choice: Choice) -> tuple[float, float]:
-        lost_weight = lost(waiting.without(choice.requests), moment, now_ns + choice.predicted_ns)
-        return lost_weight, -_weight(choice) / choice.predicted_ns
-
-    return min(choices.values(), key=cost)
-
-
 def _weight(choice: Choice) -> float:
     return sum(request.weight for request in choice.requests)
+
+
+def _rate(choice: Choice) -> float:
+    return _weight(choice) / choice.predicted_ns
 
 
 def _fastest_batch(
