@@ -210,6 +210,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, metavar="R", help="requests per second; of a trace: its new mean")
     parser.add_argument("--cv2", type=float, metavar="C", help="burstiness of made arrivals: 1 is Poisson (1)")
     parser.add_argument("--seconds", type=float, metavar="S", help="length of the load (10, or the whole trace)")
+    parser.add_argument("--samples", type=int, metavar="N", help="samples in each request (1, or as traced)")
     parser.add_argument("--latency-ms", type=float, metavar="X", help="answer wanted within this time")
     parser.add_argument("--min-accuracy", type=float, metavar="A", help="floor on the proven score, 0 to 1")
     parser.add_argument("--max-accuracy-drop", type=float, metavar="D", help="ceiling on the proven drop, 0 to 1")

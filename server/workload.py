@@ -14,13 +14,14 @@ from typing import Any
 from server.arrivals import MAX_ARRIVALS, MAX_CV2, MAX_SECONDS, MIN_CV2, gamma_arrivals_ns
 from server.errors import InvalidRequest
 from server.settings import SettingsError
-from server.trace import Arrival, TraceError, cut, read_trace, rescaled
+from server.trace import MAX_SAMPLES, Arrival, TraceError, cut, read_trace, rescaled
 from server.wire.parameters import fraction, latency_ns, on_infeasible
 
 DEFAULT_SECONDS = 10.0
 
 FLAGS = (
-    *("trace", "rate", "cv2", "seconds", "latency_ms", "min_accuracy", "max_accuracy_drop", "on_infeasible", "seed"),
+    *("trace", "rate", "cv2", "seconds", "samples", "seed"),
+    *("latency_ms", "min_accuracy", "max_accuracy_drop", "on_infeasible"),
 )
 """The flags that describe the load."""
 
@@ -35,13 +36,15 @@ def arrivals_of(chosen: argparse.Namespace, model: str) -> list[Arrival]:
         raise SettingsError(f"--seconds must be at most {MAX_SECONDS:g}, got {chosen.seconds:g}")
     if chosen.seed < 0:
         raise SettingsError(f"--seed must be at least 0, got {chosen.seed}")
+    if chosen.samples is not None and not 1 <= chosen.samples <= MAX_SAMPLES:
+        raise SettingsError(f"--samples must be 1 to {MAX_SAMPLES}, got {chosen.samples}")
     if chosen.cv2 is not None and (chosen.trace or not (chosen.cv2 == 0 or MIN_CV2 <= chosen.cv2 <= MAX_CV2)):
         raise SettingsError(
             f"--cv2 is the burstiness of made arrivals: 0 or {MIN_CV2:g} to {MAX_CV2:g}, and not together with --trace"
         )
     slo = _asked(chosen)
     if chosen.trace:
-        return [_overridden(arrival, slo) for arrival in _traced(chosen, model)]
+        return [_overridden(arrival, slo, chosen.samples) for arrival in _traced(chosen, model)]
     if chosen.rate is None:
         raise SettingsError("--trace FILE or --rate R is needed: when are the requests to be sent?")
     cv2 = 1.0 if chosen.cv2 is None else chosen.cv2
@@ -53,7 +56,7 @@ def arrivals_of(chosen: argparse.Namespace, model: str) -> list[Arrival]:
     made = gamma_arrivals_ns(chosen.rate, seconds, cv2=cv2, seed=chosen.seed)
     if not made:
         raise SettingsError("--rate and --seconds are so small that there is no request")
-    return [_overridden(Arrival(at_ns), slo) for at_ns in made]
+    return [_overridden(Arrival(at_ns), slo, chosen.samples) for at_ns in made]
 
 
 def _traced(chosen: argparse.Namespace, model: str) -> list[Arrival]:
@@ -86,7 +89,8 @@ def _asked(chosen: argparse.Namespace) -> dict[str, Any]:
         raise SettingsError(str(error).removeprefix("parameter ")) from None
 
 
-def _overridden(arrival: Arrival, asked: dict[str, Any]) -> Arrival:
+def _overridden(arrival: Arrival, asked: dict[str, Any], samples: int | None) -> Arrival:
     """A latency of the flags replaces every latency that the request asked, its timeout too."""
     timeout_ns = None if "latency_ns" in asked else arrival.timeout_ns
-    return replace(arrival, slo=replace(arrival.slo, **asked), timeout_ns=timeout_ns)
+    slo = replace(arrival.slo, **asked)
+    return replace(arrival, slo=slo, timeout_ns=timeout_ns, samples=samples or arrival.samples)

@@ -28,6 +28,8 @@ def chosen(**flags: object) -> argparse.Namespace:
         ({"rate": 1e7}, "more than 10,000,000 requests"),
         ({"rate": 1e-300, "seconds": 1e300}, "--seconds must be at most"),
         ({"rate": 5e-324}, "there is no request"),
+        ({"rate": 1.0, "samples": 0}, "--samples must be 1 to"),
+        ({"rate": 1.0, "samples": 2**40}, "--samples must be 1 to"),
     ],
 )
 def test_what_would_hang_or_fail_is_one_line(flags: dict[str, object], told: str) -> None:
@@ -49,3 +51,12 @@ def test_a_trace_stretched_for_ever_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("0\n1\n")
     with pytest.raises(SettingsError, match="--trace a rate of 1e-300/s would stretch"):
         arrivals_of(chosen(trace=tmp_path / "t", rate=1e-300), "m")
+
+
+def test_every_request_has_the_samples_asked_for(tmp_path: Path) -> None:
+    """One without the flag; with it so many, whether the arrivals are made or traced."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("0\n1\n")
+    assert {arrival.samples for arrival in arrivals_of(chosen(rate=100.0), "m")} == {1}
+    assert {arrival.samples for arrival in arrivals_of(chosen(rate=100.0, samples=8), "m")} == {8}
+    assert [arrival.samples for arrival in arrivals_of(chosen(trace=trace, samples=3), "m")] == [3, 3]

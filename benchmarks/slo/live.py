@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rates", default="50,100,200")
     parser.add_argument("--cv2", default="1,4")
     parser.add_argument("--seconds", default="20")
+    parser.add_argument("--samples", default="1", help="in each request: several make the model weigh more than Python")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--executors", default="auto")
     chosen = parser.parse_args()
@@ -60,7 +61,7 @@ def main() -> None:
         profiles.write_text(_said("variants", chosen.model, "--url", server.grpc, "--json"))
         for rate, cv2 in loads(chosen.rates, chosen.cv2):
             load = ["--model", chosen.model, "--rate", rate, "--cv2", cv2, "--seconds", chosen.seconds]
-            load += ["--latency-ms", chosen.latency_ms, "--seed", chosen.seed]
+            load += ["--samples", chosen.samples, "--latency-ms", chosen.latency_ms, "--seed", chosen.seed]
             live = _figures(Path(folder), "bench", "--url", server.grpc, *load)
             made = _figures(Path(folder), "simulate", "--profiles", str(profiles), "--no-bound", *load)
             rows.append(compared(float(rate), float(cv2), live, made["policies"]["fitdrain"]))

@@ -93,9 +93,7 @@ def plan(arrivals: Sequence[Arrival], model: Target, data: Samples | None, seed:
     planned, place = [], 0
     for arrival in arrivals:
         if arrival.samples != 1 and not model.batched:
-            raise SettingsError(
-                f"{model.name} takes no batch, and the trace has a request of {arrival.samples} samples"
-            )
+            raise SettingsError(f"{model.name} takes no batch: no request can have {arrival.samples} samples")
         asked = (arrival.slo, arrival.timeout_ns, arrival.version)
         if asked not in heads:
             heads[asked] = _head(model.name, arrival)
