@@ -163,31 +163,39 @@ def test_who_finds_no_room_for_late_work_ends_at_the_deadline() -> None:
     assert [(end.request, end.outcome) for end in scheduler.tick(255 * MS + 1)] == [(request, Outcome.EXPIRED)]
 
 
-def stuck_twice(asked: Slo) -> tuple[Scheduler, Request, Run]:
-    """A request that both executors got stuck on, one after the other, and its second run."""
-    scheduler, (request,), _ = started(2, model_of(variant(REFERENCE, 0.9, 4, 2)), Arrival(0, asked))
+def stuck_twice(asked: Slo) -> tuple[Scheduler, Request, Run, Run]:
+    """A request that both executors got stuck on, one after the other, and its second and first run."""
+    scheduler, (request,), first = started(2, model_of(variant(REFERENCE, 0.9, 4, 2)), Arrival(0, asked))
     assert scheduler.tick(260 * MS) == []
     run, _ = scheduler.decide(1, 260 * MS)
     assert run is not None
     assert scheduler.tick(600 * MS) == []
     assert request.queue is None
     assert not request.late  # it may yet be in time
-    return scheduler, request, run
+    return scheduler, request, run, first
 
 
 @pytest.mark.parametrize("asked", [Slo(), slo(1000, None, LATE)], ids=["named no latency", "asked for late"])
 def test_who_may_be_late_waits_for_the_second_stuck_executor_as_long_as_it_takes(asked: Slo) -> None:
     """Nobody else is to answer it any more, and a late answer will do: the deadline is no reason to end it."""
-    scheduler, request, run = stuck_twice(asked)
+    scheduler, request, run, _ = stuck_twice(asked)
     assert scheduler.tick(SECOND + 1) == []
     assert request.late
     assert scheduler.next_event_ns(SECOND + 1) is None
     assert list(scheduler.finished(run, 5 * SECOND, 4 * SECOND)) == [request]
 
 
+def test_of_two_stuck_executors_the_first_to_come_back_answers() -> None:
+    """It need not be the one that is waited for; the other's answer comes to nothing then."""
+    scheduler, request, second, first = stuck_twice(slo(1000))
+    assert list(scheduler.finished(first, 700 * MS, 700 * MS)) == [request]
+    assert list(scheduler.finished(second, 800 * MS, 540 * MS)) == []
+    assert scheduler.tick(2 * SECOND) == []
+
+
 def test_who_did_not_ask_for_late_does_not_wait_for_the_second_stuck_executor_either() -> None:
     """It ends at its deadline."""
-    scheduler, request, _ = stuck_twice(slo(1000))
+    scheduler, request, *_ = stuck_twice(slo(1000))
     assert scheduler.tick(SECOND) == []
     assert [(end.request, end.outcome) for end in scheduler.tick(SECOND + 1)] == [(request, Outcome.EXPIRED)]
 
@@ -195,7 +203,7 @@ def test_who_did_not_ask_for_late_does_not_wait_for_the_second_stuck_executor_ei
 @pytest.mark.parametrize("gone_ns", [700 * MS, SECOND + 2], ids=["in time", "late"])
 def test_whose_client_goes_before_the_second_stuck_executor_is_back_ends_at_once(gone_ns: int) -> None:
     """Whether it is late already or not, it is not kept."""
-    scheduler, request, _ = stuck_twice(slo(1000, None, LATE))
+    scheduler, request, *_ = stuck_twice(slo(1000, None, LATE))
     assert scheduler.tick(gone_ns - 1) == []
     assert not scheduler.cancelled(request)
     assert [end.request for end in scheduler.tick(gone_ns)] == [request]

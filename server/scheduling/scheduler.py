@@ -184,15 +184,13 @@ class Scheduler:
     def finished(self, run: Run, now_ns: int, compute_ns: int) -> Sequence[Request]:
         """A batch was answered after `compute_ns`; returns the requests whose answers count.
 
-        Of a batch whose executor had been given up on, these are the ones that had to wait for it all the same, and
-        those that still wait to be tried again.
+        Of a batch whose executor had been given up on, these are the ones that had to wait for it all the same, those
+        that still wait to be tried again, and those whose second executor seems stuck as well.
         """
         answered: Sequence[Request] = run.requests
         if not self.pool.end(run, now_ns):
-            waiting = [request for request in run.requests if request.queue is not None]
-            for request in waiting:
-                self.models[request.model].remove(request)
-            answered = [*self._hoped.pop(run.executor, ()), *waiting]
+            answered = [request for request in run.requests if self._withdraw(request)]
+            self._hoped.pop(run.executor, None)
         model = self.models.get(run.model)
         if model is not None:
             spot, step = Spot(run.busy, run.slowdown), run.requests[0].step
@@ -201,6 +199,16 @@ class Scheduler:
             model.served_ns += compute_ns - run.predicted_ns
             self._policies[run.model].finished(model, run, compute_ns, now_ns)
         return answered
+
+    def _withdraw(self, request: Request) -> bool:
+        """Take out a request that waits, in a queue or for a stuck executor; False if it does neither."""
+        if request.queue is not None:
+            self.models[request.model].remove(request)
+            return True
+        hoping = next((hoped for hoped in self._hoped.values() if request in hoped), None)
+        if hoping is not None:
+            hoping.remove(request)
+        return hoping is not None
 
     def failed(self, run: Run, now_ns: int, incident: str) -> list[End]:
         """A batch failed: each of its requests is tried once more, alone and rather on another variant, or ends.
