@@ -51,7 +51,7 @@ def test_a_margin_is_narrow_again_soon_after_a_bad_moment() -> None:
         margin.observe(1.0, batch * MS)
     for batch in range(300, 320):
         margin.observe(3.0, batch * MS)
-    assert margin.value > 2.0
+    assert margin.value > 1.9
     for batch in range(320, 720):
         margin.observe(1.0, batch * MS)
     assert margin.value < 1.2
@@ -63,7 +63,7 @@ def test_old_scores_are_forgotten_even_where_nothing_new_comes() -> None:
     for batch in range(50):
         margin.observe(4.0, batch * MS)
     assert not margin.forget(5 * SECOND)
-    assert margin.value > 2.0
+    assert margin.value > 1.9
     assert margin.forget(6 * SECOND)
     assert margin.value == START
     assert not margin.forget(70 * SECOND)
@@ -76,7 +76,7 @@ def test_what_was_a_minute_ago_is_forgotten_though_new_scores_come() -> None:
         margin.observe(3.0, batch * MS)
     for second in range(1, 62, 2):
         margin.observe(1.0, second * SECOND)
-        assert (margin.value > 2.0) == (second <= 60)
+        assert (margin.value > 1.9) == (second <= 60)
 
 
 def test_after_a_refusal_scores_are_void_as_soon_as_nothing_new_comes() -> None:
@@ -119,4 +119,12 @@ def test_the_margin_stays_within_bounds(scores: list[float]) -> None:
     margin = Margin()
     for batch, score in enumerate(scores):
         margin.observe(score, batch * 100 * MS)
-        assert 1.02 <= margin.value <= 4.0
+        assert 1.02 <= margin.value <= 2.0
+
+
+def test_a_pause_now_and_then_does_not_refuse_everybody() -> None:
+    """Where one batch in fifty takes four times as long, no batch is taken to last more than twice as long."""
+    random, margin = Random(1), Margin()  # noqa: S311 - repeatable on purpose
+    for batch in range(2000):
+        margin.observe(4.0 if random.random() < 0.02 else 1.0, batch * MS)
+        assert margin.value <= 2.0

@@ -16,7 +16,10 @@ from collections import deque
 
 MISS_RATE = 0.01
 START = 1.15
-_LEAST, _MOST = 1.02, 4.0
+_LEAST, _MOST = (
+    1.02,
+    2.0,
+)  # what takes longer is a pause of the host: to reckon with one each time would refuse everybody
 _WINDOW = 200  # scores remembered
 _ENOUGH = 100  # scores below which the starting margin stands in for those that are missing
 _AGE_NS = 60_000_000_000
