@@ -19,6 +19,7 @@ from server.errors import InvalidRequest
 from variants.datatypes import DATATYPES
 
 MAX_RANK = 8
+_MOST_ELEMENTS = 2**59  # so many of the largest datatype are what an address can count
 MAX_STRINGS = 250_000
 """Most BYTES elements of one tensor: each costs a Python object, whatever its length."""
 MAX_TYPED_INTEGERS = 1_000_000
@@ -54,12 +55,21 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 def element_count(name: str, shape: Sequence[int]) -> int:
-    """How many elements a shape holds, exactly. Raises InvalidRequest for a negative dimension or too high a rank."""
+    """How many elements a shape holds, exactly.
+
+    Raises InvalidRequest for a negative dimension, too high a rank, or an empty tensor whose other dimensions are more
+    than numpy can address.
+    """
     if len(shape) > MAX_RANK:
         raise InvalidRequest(f"tensor {quoted(name)} has rank {len(shape)}; at most {MAX_RANK} is supported")
     if shape and min(shape) < 0:
         raise InvalidRequest(f"tensor {quoted(name)} has a negative dimension in shape {shape_text(shape)}")
-    return prod(shape)
+    elements = prod(shape)
+    if not elements and prod(dim for dim in shape if dim) > _MOST_ELEMENTS:
+        raise InvalidRequest(
+            f"tensor {quoted(name)} is empty, and the other dimensions of {shape_text(shape)} too large"
+        )
+    return elements
 
 
 def decode_raw(name: str, datatype: str, shape: tuple[int, ...], raw: bytes) -> np.ndarray[Any, Any]:
