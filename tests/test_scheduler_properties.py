@@ -176,12 +176,17 @@ def test_no_hard_floor_and_no_pin_is_ever_broken(scenario: Scenario) -> None:
 @quickly
 @given(scenarios)
 def test_what_becomes_hopeless_ends_at_detection(scenario: Scenario) -> None:
-    """An expired request ends before its deadline, or on arrival if that had passed; nobody waits for a lost cause."""
+    """An expired request ends before its deadline, on arrival if that had passed, or when its executor is given up."""
     world = scenario.run()
+    given_up_ns = {
+        member.number: batch.at_ns + max(10 * batch.predicted_ns, 250 * MS) + 1  # when an executor counts as stuck
+        for batch in world.batches
+        for member in batch.members
+    }
     for number, ended in world.ended.items():
         if ended.outcome is Outcome.EXPIRED:
             request = world.requests[number]
-            assert ended.at_ns <= max(request.deadline_ns, request.arrival_ns)
+            assert ended.at_ns <= max(request.deadline_ns, request.arrival_ns, given_up_ns.get(number, 0))
 
 
 @quickly
