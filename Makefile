@@ -34,7 +34,7 @@ REPOSITORY := $(EXAMPLE)/repository
 GRPC_PORT ?= 8001
 HTTP_PORT ?= 8002
 
-.PHONY: help serve client test install stubs clean distclean
+.PHONY: help serve client test explore install stubs clean distclean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -58,6 +58,9 @@ test: $(VENV)/.installed ## format, lint, types, import contracts, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 --dist loadfile
+
+explore: $(VENV)/.installed ## look for counterexamples that `test` has never tried; new ones in each run
+	$(BIN)/pytest -n 2 --dist loadfile --hypothesis-profile new $$(grep -l 'from hypothesis' tests/test_*.py)
 
 install: $(VENV)/.installed ## the virtual environment with everything in it
 

@@ -10,10 +10,16 @@ import pytest
 import torch
 import trustme
 from factory_fixtures import built_digits, digits, onnx_digits, trained_digits  # noqa: F401
+from hypothesis import settings
 from loading_host import this_host
 from serving import Serving, serving
 
 from server.loading import Host
+
+# A change is judged by the same examples each time; `make explore` looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("new", derandomize=False)
+settings.load_profile("same")
 
 torch.set_num_threads(1)  # networks this small train several times faster on one thread than on two, and much steadier
 
