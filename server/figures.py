@@ -20,6 +20,8 @@ def check_writable(path: Path) -> None:
         file = path.resolve()  # where a link leads nowhere, the file that it names
         file.open("a").close()
         file.unlink()
+    except RuntimeError:  # as Python 3.11 and 3.12 tell it
+        raise SettingsError(f"--json {path}: links in a circle") from None
     except OSError as error:
         raise SettingsError(f"--json {path}: {error.strerror}") from None
 

@@ -154,6 +154,14 @@ def test_a_row_that_no_message_holds_is_refused() -> None:
             plan([arrival], MODEL, data, 0)
 
 
+def test_requests_that_no_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 24 bytes where 1 KiB may be planned: 42 of them in all, but each only once."""
+    monkeypatch.setattr("server.bench.requests.MAX_PLANNED_BYTES", 1 << 10)
+    plan([Arrival(0, samples=40)] * 100, MODEL, DATA, 0)
+    with pytest.raises(SettingsError, match=r"more than .* GiB together"):
+        plan([Arrival(0, samples=40), Arrival(1, samples=3)], MODEL, DATA, 0)
+
+
 def test_nothing_answered_is_a_dash_beside_the_simulation(capsys: pytest.CaptureFixture[str]) -> None:
     """The live comparison has no latency and no accuracy to show then, and shows none."""
     live = summary([read(Planned(0, b"", b""), answer(1, "UNAVAILABLE"))], 1)

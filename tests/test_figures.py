@@ -38,9 +38,10 @@ def test_asking_leaves_everything_as_it_was(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_told_under_the_name_it_was_given(tmp_path: Path) -> None:
-    """A folder, a file in a folder that is not there, and a link to one."""
-    link = tmp_path / "link"
+    """A folder, a file in a folder that is not there, a link to one, and a link to itself."""
+    link, circle = tmp_path / "link", tmp_path / "circle"
     link.symlink_to("nowhere/file")
-    for path in (tmp_path, tmp_path / "nowhere" / "file", link):
+    circle.symlink_to("circle")
+    for path in (tmp_path, tmp_path / "nowhere" / "file", link, circle):
         with pytest.raises(SettingsError, match=f"^--json {path}: "):
             check_writable(path)

@@ -4,7 +4,8 @@ import pytest
 from scheduling_models import MS, SIZES, Arrival, choose, model_of, queue_up, variant
 
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
-from server.scheduling.policy import Choice
+from server.scheduling.policies.fitdrain import FitDrain
+from server.scheduling.policy import Choice, Moment
 from server.scheduling.slo import Slo
 
 
@@ -224,6 +225,23 @@ def test_a_passing_overload_does_not_give_up_on_all_whom_only_a_slow_variant_ser
 def test_a_lasting_overload_goes_by_goodput_alone() -> None:
     """The same while more arrive than any variant could serve."""
     assert calm((2, 16, STRICT), (4, 28, None), per_ms=3) == ("distilled", [2, 3, 4, 5], "overload")
+
+
+def test_goodput_is_looked_for_beyond_a_full_batch_of_a_slow_variant() -> None:
+    """Strict requests that fill the largest batch earn a fifth of what those behind them would."""
+    assert calm((16, 85, STRICT), (40, 90, None), per_ms=3)[0] == "distilled"
+
+
+def test_an_overload_by_all_models_together_is_a_lasting_one() -> None:
+    """Each model alone is below capacity; what others take of it is not there either."""
+    for others, name in (([], "fp32"), ([model_of(name="o")], "distilled")):
+        model = model_with(*[within(616, STRICT)] * 2, *[within(628)] * 4)
+        for instant_ns in range(0, 600 * MS, MS):
+            for each in (model, *others):
+                each.note_arrival(1, 500 * MS, instant_ns)
+        choice = FitDrain().decide(model, Moment(600 * MS, 0, (), (), others)).choice
+        assert choice is not None
+        assert chosen(model, choice)[0] == name
 
 
 def test_an_overload_that_loses_many_anyhow_goes_by_goodput_too() -> None:

@@ -120,6 +120,14 @@ def test_impossible_shapes_are_refused_before_allocation(shape: tuple[int, ...])
         decode_raw("x", "BYTES", shape, bytes(16))
 
 
+def test_empty_tensors_can_be_joined_to_a_batch() -> None:
+    """The largest that is taken, times any batch, is still a shape that numpy can hold."""
+    with pytest.raises(InvalidRequest, match="'x'"):
+        decode_raw("x", "FP64", (1, 2**41, 0), b"")
+    array = decode_raw("x", "FP64", (1, 2**40, 0), b"")
+    assert np.concatenate([array] * 4096).shape == (4096, 2**40, 0)
+
+
 def test_element_count_does_not_overflow() -> None:
     """Counts beyond 64 bits are exact."""
     assert element_count("x", (2**62, 2**62)) == 2**124

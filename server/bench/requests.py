@@ -27,6 +27,8 @@ from variants.variant import TensorSpec
 SYNTHETIC_ROWS = 32
 MAX_MESSAGE_BYTES = 2**31 - 1
 """What protobuf can hold."""
+MAX_PLANNED_BYTES = 2**32
+"""What all requests of a run may take: they are made beforehand, so that making them takes no time from the run."""
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[tuple[int, ...], ...]
@@ -82,15 +84,15 @@ def read_data(path: Path, model: Target) -> Samples:
 def plan(arrivals: Sequence[Arrival], model: Target, data: Samples | None, seed: int) -> list[Planned]:
     """A request per arrival: rows of the data in an order drawn by the seed, or made-up ones.
 
-    Raises SettingsError for a request of several samples to a model that takes no batch, or of more than fits one
-    message.
+    Raises SettingsError for a request of several samples to a model that takes no batch or of more than fits one
+    message, and for more than `MAX_PLANNED_BYTES` together.
     """
     generator = np.random.default_rng(seed)
     order = generator.permutation(SYNTHETIC_ROWS if data is None else len(data))
     made: dict[Shape | None, Samples] = {}
     heads: dict[tuple[Slo, int | None, str], bytes] = {}
     bodies: dict[tuple[int, int, Shape | None], tuple[bytes, Array | None]] = {}
-    planned, place = [], 0
+    planned, place, planned_bytes = [], 0, 0
     for arrival in arrivals:
         if arrival.samples != 1 and not model.batched:
             raise SettingsError(f"{model.name} takes no batch: no request can have {arrival.samples} samples")
@@ -100,7 +102,10 @@ def plan(arrivals: Sequence[Arrival], model: Target, data: Samples | None, seed:
         shape = arrival.shape if data is None else None
         held = (place, arrival.samples, shape)
         if held not in bodies:
-            _check_size(model, arrival.samples, data, shape)
+            planned_bytes += _checked_size(model, arrival.samples, data, shape)
+            if planned_bytes > MAX_PLANNED_BYTES:
+                most = f"{MAX_PLANNED_BYTES / 2**30:.3g} GiB"
+                raise SettingsError(f"the requests take more than {most} together: ask for fewer, or for smaller ones")
             if data is None and shape not in made:
                 made[shape] = _made_up(model, shape, generator)
             rows = order[np.arange(place, place + arrival.samples) % len(order)]
@@ -149,8 +154,8 @@ def encode_head(model: str, version: str = "", parameters: Mapping[str, float | 
     return message.SerializeToString()
 
 
-def _check_size(model: Target, samples: int, data: Samples | None, shape: Shape | None) -> None:
-    """Raises SettingsError for rows that no message holds, before any memory is taken for them."""
+def _checked_size(model: Target, samples: int, data: Samples | None, shape: Shape | None) -> int:
+    """The bytes of the rows. Raises SettingsError where no message holds them, before any memory is taken for them."""
     if data is None:
         sizes = [math.prod(_row_shape(model, place, shape)) for place in range(len(model.inputs))]
         samples = max(samples, SYNTHETIC_ROWS)  # so many rows are made
@@ -159,6 +164,7 @@ def _check_size(model: Target, samples: int, data: Samples | None, shape: Shape 
     row = sum(size * DATATYPES[spec.datatype].numpy.itemsize for size, spec in zip(sizes, model.inputs, strict=True))
     if samples * row > MAX_MESSAGE_BYTES:
         raise SettingsError(f"{samples} samples of {row} bytes are asked for at once, more than a message can hold")
+    return samples * row
 
 
 def _head(model: str, arrival: Arrival) -> bytes:

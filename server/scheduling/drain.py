@@ -150,6 +150,12 @@ def lost(behind: Behind, free_ns: int, most: float) -> float:
     return weight
 
 
+def load(model: ModelQueue, moment: Moment) -> float:
+    """The share of all executor time that the arrivals of all models take at least, at the rates of late."""
+    executors = 1 + len(moment.others_free_ns)
+    return sum(each.utilisation(moment.now_ns, executors) for each in (model, *moment.others))
+
+
 class _Play:
     """The backlog played forward: when the executors are `free`, and how many requests of each class are `left`."""
 
@@ -200,7 +206,7 @@ def _as_fluid(behind: Behind, free_ns: int, play: _Play) -> Shortage:
             last_deadline_ns = max(last_deadline_ns, stream.entries[-1][2].deadline_ns)
     if tail_ns and (late_ns := max(free) + tail_ns // len(free) - last_deadline_ns) > 0:
         return Shortage(late_ns)
-    coming = model.forecast.expected(free_ns - now_ns, now_ns, model.utilisation(now_ns, len(free)))
+    coming = model.forecast.expected(free_ns - now_ns, now_ns, load(model, behind.moment))
     if not coming:
         return Shortage(0)
     drained_ns = (sum(free) + tail_ns + int(coming * model.least_cost_ns())) // len(free)

@@ -80,10 +80,11 @@ def _ways(request: Request) -> Iterator[tuple[int, bool]]:
     yield allowed, late
     for action in request.on_infeasible:
         if action is OnInfeasible.REJECT:
-            return
+            break
         if action is OnInfeasible.DEGRADE:
             allowed |= request.fallback
         yield allowed, late or action is OnInfeasible.LATE
+    yield allowed, late or request.may_be_late  # both, in whichever order
 
 
 def _has_room(request: Request, late_room: int | None) -> bool:

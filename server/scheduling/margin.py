@@ -2,7 +2,7 @@
 
 A margin is a high quantile of what was seen lately, the *scores*: actual over predicted latency. Which quantile is
 itself corrected (Gibbs and Candès, NeurIPS 2021): each miss asks for a higher one, each hit for a slightly lower one,
-so that in the long run `MISS_RATE` of the predictions are exceeded, whatever the noise and however it drifts.
+so that in the long run `MISS_RATE` of the predictions are exceeded, however the noise drifts: as far as `_MOST` goes.
 
 The window is of a minute: where like batches come more than a few seconds apart, it promises less. Too few scores are
 filled up with the starting margin. What was refused or passed over is never measured, and one bad moment must not lock
@@ -16,10 +16,8 @@ from collections import deque
 
 MISS_RATE = 0.01
 START = 1.15
-_LEAST, _MOST = (
-    1.02,
-    2.0,
-)  # what takes longer is a pause of the host: to reckon with one each time would refuse everybody
+_LEAST = 1.02
+_MOST = 2.0  # what takes longer is a pause of the host: to reckon with one each time would refuse everybody
 _WINDOW = 200  # scores remembered
 _ENOUGH = 100  # scores below which the starting margin stands in for those that are missing
 _AGE_NS = 60_000_000_000

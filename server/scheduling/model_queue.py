@@ -206,7 +206,7 @@ class ModelQueue:
         return self.latency.crowded_ns(fastest, batch) / batch
 
     def utilisation(self, now_ns: int, executors: int) -> float:
-        """The share of all executor time that arrivals take at least, at the rate of late."""
+        """The share of all executor time that this model's arrivals take at least, at the rate of late."""
         return self.forecast.rate(now_ns) * self.least_cost_ns() / 1e9 / executors
 
     def chunk(self, allowed: int, step: int, waiting: FloorClass) -> Chunk | None:

@@ -271,7 +271,8 @@ class Scheduler:
     def _expire_hoped(self, now_ns: int) -> None:
         """Who waits for a stuck executor in vain ends at the deadline, unless it is late already.
 
-        Where that was the second try, who may be late goes on waiting; at the first there was no room for late work.
+        Where that was the second try, who may be late goes on waiting; at the first there was no room for late work, or
+        nothing left to try it on.
         """
         for requests in self._hoped.values():
             for request in [each for each in requests if each.abandoned or _has_expired(each, now_ns)]:

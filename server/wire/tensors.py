@@ -19,7 +19,7 @@ from server.errors import InvalidRequest
 from variants.datatypes import DATATYPES
 
 MAX_RANK = 8
-_MOST_ELEMENTS = 2**59  # so many of the largest datatype are what an address can count
+_MOST_ELEMENTS = 2**40  # of a tensor that is empty; batches of such must not overflow an address
 MAX_STRINGS = 250_000
 """Most BYTES elements of one tensor: each costs a Python object, whatever its length."""
 MAX_TYPED_INTEGERS = 1_000_000

@@ -25,7 +25,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from server.scheduling.deadline_queue import DeadlineQueue
-from server.scheduling.drain import Behind, left_behind, lost, shortage
+from server.scheduling.drain import Behind, left_behind, load, lost, shortage
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
 from server.scheduling.policy import Choice, Decision, Moment, PassedOver, Run
 from server.scheduling.slo import Request
@@ -196,7 +196,7 @@ def _overload(model: ModelQueue, anchor: Request, moment: Moment, passed_over: t
     """The batch with the most goodput; where overload will pass, rather one that loses hardly anybody."""
     goodput = _most_goodput(model, anchor, moment.now_ns, passed_over)
     unequal = len({model.fastest(allowed) for allowed, _ in model.regular.classes}) > 1
-    if not unequal or model.utilisation(moment.now_ns, 1 + len(moment.others_free_ns)) >= 1.0:
+    if not unequal or load(model, moment) >= 1.0:
         return goodput
     firsts = sorted(floor_class.entries[0] for floor_class in model.regular.classes.values())[:_HEADS]
     heads = dict.fromkeys([anchor, *(request for _, _, request in firsts)])
@@ -218,6 +218,7 @@ def _most_goodput(model: ModelQueue, anchor: Request, now_ns: int, passed_over: 
         raise AssertionError("the anchor fits an executor, or it would not be one. This is a bug.")
     best_score = _rate(best)
     given_up = 0.0
+    fastest = model.fastest(model.eligible)
     ordered = merge(*(waiting.entries for waiting in model.regular.classes.values()))
     for place, (_, _, head) in enumerate(islice(ordered, _GIVE_UP_MOST + 1)):
         if place & (place - 1) == 0:  # giving up on 0, 1, 2, 4, 8 ...
@@ -226,8 +227,8 @@ def _most_goodput(model: ModelQueue, anchor: Request, now_ns: int, passed_over: 
                 score = (_weight(candidate) - _GIVE_UP_PENALTY * given_up) / candidate.predicted_ns
                 if score > best_score:
                     best, best_score = candidate, score
-                if candidate.samples == model.latency.max_batch_size(candidate.variant):
-                    break  # giving up on more could not make the batch any larger
+                if candidate.variant == fastest and candidate.samples == model.latency.max_batch_size(fastest):
+                    break  # giving up on more could not make the batch any larger, nor faster
         given_up += head.weight
     return best
 
