@@ -159,8 +159,19 @@ def test_naming_any_floor_replaces_the_models_whole_floor() -> None:
 @pytest.mark.parametrize(("priority", "share"), [(1, 0.5), (0, 1.0), (2, 1.0), (3, 1.5), (8, 4.0), (2**40, 4.0)])
 def test_priority_moves_the_place_in_the_queue_by_a_share_of_the_budget(priority: int, share: float) -> None:
     """The place is fixed at arrival and lies in the future by that share, so whatever waits is overtaken ever less."""
-    request = ask(model_of(), Arrival(7 * MS, Slo(latency_ns=100 * MS, priority=priority)))
-    assert request.order_ns == 7 * MS + int(share * 100 * MS)
+    model = model_of()
+    request = ask(model, Arrival(7 * MS, Slo(latency_ns=100 * MS, priority=priority)))
+    run_ns = model.latency.idle_ns(model.fastest(request.allowed) or 0, 1)
+    assert request.order_ns == 7 * MS + int(share * 100 * MS) - run_ns
+
+
+def test_of_equal_deadlines_the_slower_run_is_ahead() -> None:
+    """The place is the latest start: a floor that only a slow variant meets, or more samples, must start earlier."""
+    model, slo = model_of(), Slo(latency_ns=100 * MS)
+    plain, large = ask(model, Arrival(0, slo)), ask(model, Arrival(0, slo, samples=8))
+    strict = ask(model, Arrival(0, replace(slo, min_accuracy=0.913)))
+    assert plain.order_ns - strict.order_ns == model.latency.idle_ns(0, 1) - model.latency.idle_ns(4, 1)
+    assert plain.order_ns - large.order_ns == model.latency.idle_ns(4, 8) - model.latency.idle_ns(4, 1)
 
 
 def test_an_slo_no_variant_meets_even_when_idle_is_infeasible() -> None:

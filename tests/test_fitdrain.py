@@ -134,6 +134,14 @@ def test_a_strict_request_does_not_block_those_who_may_run_on_less() -> None:
     assert name != "fp32"
 
 
+@pytest.mark.parametrize(("strict", "is_first"), [(1, False), (8, True)])
+def test_a_class_that_is_slow_starts_while_it_can_run_as_a_batch(strict: int, is_first: bool) -> None:
+    """A strict request alone can wait longer than the others; eight together cannot."""
+    model = model_with(*[within(80, STRICT)] * strict, *[within(60)] * 5)
+    numbers = chosen(model, choose(model, 0, [0]))[1]
+    assert (numbers[0] == 0) is is_first
+
+
 def test_requests_may_be_upgraded_into_the_batch_of_a_strict_one() -> None:
     """On the variant that the strict request needs, everybody who fits may join."""
     model = model_with(within(40, floor=0.913), *[within(100)] * 3)

@@ -12,7 +12,7 @@ from scheduling_models import Arrival as Asked
 from scheduling_models import model_of, queue_up, slo, variant
 
 from benchmarks.slo.__main__ import main
-from benchmarks.slo.ablation import ablate
+from benchmarks.slo.ablation import choice, strict
 from benchmarks.slo.family import MS, capacity_per_s, family
 from benchmarks.slo.matrix import carry_out, group_of, measure, read
 from benchmarks.slo.prefix import policy_named
@@ -148,7 +148,7 @@ def test_prefix_runs_the_urgent_together_as_the_strictest_demands() -> None:
 
 def test_prefix_stops_before_the_floor_that_its_head_has_no_time_for() -> None:
     """A strict request that would make the head late splits the prefix; those behind it are not reached."""
-    choice = prefix_choice(*floors([25, 400, 400, 400], None, None, 0.9115, None))
+    choice = prefix_choice(*floors([25, 300, 400, 400], None, None, 0.9115, None))
     assert (family()[choice.variant].name, choice.samples) == ("distilled", 2)
 
 
@@ -216,7 +216,14 @@ def test_wrong_usage_is_told(words: list[str], said: str, tmp_path: Path, capsys
 
 def test_an_ablation_measures_all_three_under_the_same_load() -> None:
     """At low load nobody misses; far beyond capacity, whatever decides, about what is too much."""
-    assert ablate(replace(SHORT, rho=0.2), 0) == (1.0, 1.0, 1.0)
-    beyond = ablate(replace(SHORT, rho=3.0), 0)
+    assert choice(replace(SHORT, rho=0.2), 0) == (1.0, 1.0, 1.0)
+    beyond = choice(replace(SHORT, rho=3.0), 0)
     assert all(0.2 < attainment < 0.6 for attainment in beyond)
     assert len(set(beyond)) == 3
+
+
+def test_an_ablation_of_the_strict_class_shows_what_the_others_cost_it() -> None:
+    """Alone it has room; among many others it misses, and less so with priority."""
+    as_is, everybody, first, _, alone = strict(Scenario("floors", "gamma 4", 0.8, floors=APART, seconds=3), 0)
+    assert as_is < everybody < 1.0
+    assert as_is < first < alone == 1.0

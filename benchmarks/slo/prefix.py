@@ -34,7 +34,7 @@ def policy_named(name: str) -> PolicyFactory:
 
 
 class Prefix(Rule):
-    """The longest prefix by deadline that a variant allowed to all of it finishes in time; then the best such variant.
+    """The longest prefix of the queue that a variant allowed to all of it finishes in time; then the best such variant.
 
     One sample per request.
     """

@@ -132,11 +132,13 @@ def _floors(runs: Runs) -> Iterator[Verdict]:
 
 def _honesty(runs: Runs) -> Iterator[Verdict]:
     cells = [cell for cell in runs.scenarios("main") if runs.seeds(cell, OURS)]
-    failed = [(cell, runs.mean(cell, OURS, "admitted_then_failed")) for cell in cells]
-    yield _verdict(
-        "admitted, then failed: under 0.1 % of the requests",
-        [_Cell(cell, 0.001 - share, f"{percent(share, 3)}") for cell, share in failed],
-    )
+    mixed = [cell for cell in runs.scenarios("floors") if runs.seeds(cell, OURS)]
+    for target, where in (
+        ("admitted, then failed: under 0.1 % of the requests", cells),
+        ("the same where floors differ", mixed),
+    ):
+        failed = [(cell, runs.mean(cell, OURS, "admitted_then_failed")) for cell in where]
+        yield _verdict(target, [_Cell(cell, 0.001 - share, f"{percent(share, 3)}") for cell, share in failed])
     counts = [(cell, *runs.told_early(cell, OURS)) for cell in cells]
     missed, told = sum(missed for _, missed, _ in counts), sum(told for *_, told in counts)
     shares = [_Cell(c, t / m - 0.99, f"{percent(t / m, 1)} of {m:.0f}") for c, m, t in counts if m]

@@ -86,6 +86,8 @@ def make_request(  # noqa: PLR0913 - these are the facts of a request, named at 
     asked = _floor_class(model, slo)
     level = min(slo.priority or _DEFAULT_PRIORITY, _MOST_PRIORITY)
     budget_ns = max(deadline_ns - arrival_ns, 0)
+    step = model.latency.step(length)
+    runs_ns = (model.latency.idle_ns(variant, samples, step) for variant in model.fitting(asked, samples))
     request = Request(
         number=number,
         model=model.key,
@@ -96,13 +98,14 @@ def make_request(  # noqa: PLR0913 - these are the facts of a request, named at 
         size_bytes=size_bytes,
         arrival_ns=arrival_ns,
         deadline_ns=deadline_ns,
-        order_ns=arrival_ns + budget_ns * level // _DEFAULT_PRIORITY,  # a fixed place: what waits longer ages by itself
+        # the latest start, a fixed place: what takes long must start early, and what waits longer ages by itself
+        order_ns=arrival_ns + budget_ns * level // _DEFAULT_PRIORITY - min(runs_ns, default=0),
         weight=_DEFAULT_PRIORITY / level,
         shape=shape,
         on_infeasible=_on_infeasible(slo, defaults, named_latency=named_latency),
         pinned=slo.variant is not None,
         payload=payload,
-        step=model.latency.step(length),
+        step=step,
     )
     if not asked and not (request.fallback and OnInfeasible.DEGRADE in request.on_infeasible):
         why = "is proven to meet this accuracy floor" if model.eligible else "takes traffic at the moment"

@@ -258,9 +258,12 @@ class ModelQueue:
     def most_urgent(self, now_ns: int) -> Request | None:
         """The waiting request with the least laxity among those that this executor can finish in time; or None.
 
-        Laxity is the time left beyond the fastest run. On a slower executor than the best, some may be out of reach.
+        Laxity is the time left beyond the fastest run; beside other classes, beyond the batch in which the request's
+        class drains, since whoever starts at the last moment runs alone, which a slow variant can least afford. On a
+        slower executor than the best, some may be out of reach.
         """
         least: _Urgency | None = None
+        mixed = len(self.regular.classes) > 1
         for (allowed, samples, step, _), urgency in self._urgencies().items():
             if urgency[0] < now_ns:
                 quickest_ns = self.quickest_ns(allowed, samples, step)
@@ -271,9 +274,18 @@ class ModelQueue:
                 if later is None:
                     continue
                 urgency = later.deadline_ns - needed_ns, later.number, later  # noqa: PLW2901 - the first in reach
+            if mixed:
+                urgency = self._as_batch(urgency)  # noqa: PLW2901
             if least is None or urgency < least:
                 least = urgency
         return None if least is None else least[2]
+
+    def _as_batch(self, urgency: _Urgency) -> _Urgency:
+        """The urgency of a request that is to run in a batch of its class."""
+        instant_ns, number, request = urgency
+        chunk = self.chunk(request.allowed, request.step, self.regular.classes[request.allowed, request.step])
+        alone_ns = request.deadline_ns - REPLY_RESERVE_NS - instant_ns
+        return instant_ns - max(0, chunk.batch_ns - alone_ns if chunk else 0), number, request
 
     def soonest_hopeless_ns(self) -> int | None:
         """The instant after which the first waiting request is hopeless unless it has started; None if none waits."""

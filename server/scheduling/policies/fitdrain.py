@@ -2,7 +2,7 @@
 
 The theory, in the order of the code:
 
-1. **Anchor.** The request with the least laxity (time left beyond its fastest possible run) must be in the batch.
+1. **Anchor.** The request with the least laxity (time left beyond the batch its class drains in) must be in the batch.
 2. **Fit: size first.** The largest batch that fits the anchor's slack over its allowed variants. Choosing accuracy
    first buys the best variant for a few and forces the worst on the many.
 3. **Drain: then accuracy.** The most accurate variant for that batch such that everybody left behind, and the
