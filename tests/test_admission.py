@@ -172,6 +172,10 @@ def test_of_equal_deadlines_the_slower_run_is_ahead() -> None:
     strict = ask(model, Arrival(0, replace(slo, min_accuracy=0.913)))
     assert plain.order_ns - strict.order_ns == model.latency.idle_ns(0, 1) - model.latency.idle_ns(4, 1)
     assert plain.order_ns - large.order_ns == model.latency.idle_ns(4, 8) - model.latency.idle_ns(4, 1)
+    degraded = ask(
+        model, Arrival(0, replace(slo, min_accuracy=0.99, hard=False, on_infeasible=(OnInfeasible.DEGRADE,)))
+    )
+    assert degraded.order_ns == plain.order_ns
 
 
 def test_an_slo_no_variant_meets_even_when_idle_is_infeasible() -> None:

@@ -17,6 +17,7 @@ from server.scheduling.explain import Explanation, explain
 from server.scheduling.forecast import ArrivalForecast
 from server.scheduling.model_queue import ModelQueue
 from server.scheduling.policies.fitdrain import FitDrain
+from server.scheduling.policy import Decision, Moment
 from server.scheduling.scheduler import Run, Scheduler
 from server.scheduling.slo import ModelKey, OnInfeasible, Request, Slo
 
@@ -228,6 +229,33 @@ def test_the_request_itself_is_one_of_those_to_be_expected() -> None:
     assert (found.variant, found.reason) == (run.variant, run.reason) == ("amp", "reserve")
 
 
+class Watched(FitDrain):
+    """Keeps the moments that it was asked about."""
+
+    def __init__(self) -> None:
+        self.moments: list[Moment] = []
+
+    def decide(self, model: ModelQueue, moment: Moment) -> Decision:
+        self.moments.append(moment)
+        return super().decide(model, moment)
+
+
+def test_a_decision_and_its_explanation_know_what_other_models_take_of_the_executors() -> None:
+    """A share of all executor time, over all executors."""
+    model, other = model_of(), model_of(name="n")
+    scheduler = Scheduler(2, max_requests=100, max_bytes=1 << 30, policy=Watched)
+    for each in (model, other):
+        scheduler.add_model(each)
+    other.forecast = steady(500)
+    scheduler.arrived(ask(model, Arrival(NOW, slo(100))), NOW)
+    watched = scheduler.policy(model.key)
+    assert isinstance(watched, Watched)
+    explain(model, model.variants, slo(100), DEFAULTS, scheduler.load(model, NOW), watched)
+    scheduler.decide(0, NOW)
+    assert len(watched.moments) > 1
+    assert {moment.others_load for moment in watched.moments} == {other.utilisation(NOW, 2)} != {0.0}
+
+
 def test_asking_leaves_the_other_models_alone() -> None:
     """Neither a fair share nor what is remembered of anybody's requests changes, however far the question looks."""
     model, other = model_of(), model_of(name="n")
@@ -237,6 +265,7 @@ def test_asking_leaves_the_other_models_alone() -> None:
             scheduler.arrived(ask(each, Arrival(NOW + number, slo(100), each.key.name), number), NOW + number)
     patience, served = [each.patience for each in (model, other)], [each.served_ns for each in (model, other)]
     seen = deepcopy([vars(each) for each in patience])
+    rates = [each.forecast.rate(NOW + 4) for each in (model, other)]
     load = scheduler.load(model, NOW + 4)
     for free_ns in (NOW + 4, NOW + 10_000 * MS):
         asking = replace(load, free_ns=[free_ns])
@@ -244,6 +273,7 @@ def test_asking_leaves_the_other_models_alone() -> None:
     assert [each.patience for each in (model, other)] == patience
     assert [vars(each) for each in patience] == seen
     assert [each.served_ns for each in (model, other)] == served
+    assert [each.forecast.rate(NOW + 4) for each in (model, other)] == rates != [0.0, 0.0]
 
 
 class Buggy(ModelQueue):

@@ -7,6 +7,7 @@ from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
 from server.scheduling.policies.fitdrain import FitDrain
 from server.scheduling.policy import Choice, Moment
 from server.scheduling.slo import Slo
+from server.scheduling.turns import load_of
 
 
 def within(latency_ms: float, floor: float | None = None, **facts: object) -> Arrival:
@@ -247,7 +248,8 @@ def test_an_overload_by_all_models_together_is_a_lasting_one() -> None:
         for instant_ns in range(0, 600 * MS, MS):
             for each in (model, *others):
                 each.note_arrival(1, 500 * MS, instant_ns)
-        choice = FitDrain().decide(model, Moment(600 * MS, 0, (), (), others)).choice
+        moment = Moment(600 * MS, 0, (), (), others, load_of(others, 600 * MS, 1))
+        choice = FitDrain().decide(model, moment).choice
         assert choice is not None
         assert chosen(model, choice)[0] == name
 

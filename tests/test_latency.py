@@ -133,6 +133,7 @@ def test_a_length_is_predicted_as_the_longest_of_its_step() -> None:
     model = latency_model(LENGTHS[1][1], lengths=LENGTHS)
     for length in range(100, 3000, 7):
         assert model.profiled_ns(0, 1, model.step(length)) >= 2 * MS * length / 100 - 2
+        assert model.step(model.longest(model.step(length))) == model.step(length)
     assert model.step(10**15) == model.step(10**18) == 40
 
 

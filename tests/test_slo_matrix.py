@@ -136,7 +136,7 @@ def prefix_choice(*asked: Asked) -> Choice:
 
 
 def floors(latency_ms: Sequence[int], *asked: float | None) -> list[Asked]:
-    """Requests by deadline with these floors."""
+    """Requests in order with these floors."""
     return [Asked(0, slo(ms, floor)) for ms, floor in zip(latency_ms, asked, strict=True)]
 
 

@@ -65,7 +65,7 @@ def _share(simulation: Simulation, counts: Callable[[Arrival], bool] = lambda _:
     """The share in time of the arrivals that count."""
     pairs = zip(simulation.trace, simulation.ended, strict=True)
     ends = [end is not None and end.in_time for arrival, end in pairs if counts(arrival)]
-    return sum(ends) / len(ends)
+    return sum(ends) / len(ends) if ends else 1.0
 
 
 def main(words: Sequence[str]) -> int:

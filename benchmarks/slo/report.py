@@ -107,8 +107,8 @@ def _floors(runs: Runs) -> Iterator[str]:
     yield from _chapter(
         "Mixed accuracy floors",
         f"{_kinds()}; all floors hard, the SLOs by class or drawn apart from the class. *prefix* is the obvious "
-        "method: the most urgent requests together, on a variant that the strictest of them allows. Attainment of all "
-        "/ of the strict class, in %; mean accuracy.",
+        "method: the most urgent requests together, on a variant that the strictest of them allows. Every policy has "
+        "the queue in the order of latest starts. Attainment of all / of the strict class, in %; mean accuracy.",
     )
     yield from _by_policy(
         runs,

@@ -87,19 +87,20 @@ def make_request(  # noqa: PLR0913 - these are the facts of a request, named at 
     level = min(slo.priority or _DEFAULT_PRIORITY, _MOST_PRIORITY)
     budget_ns = max(deadline_ns - arrival_ns, 0)
     step = model.latency.step(length)
-    runs_ns = (model.latency.idle_ns(variant, samples, step) for variant in model.fitting(asked, samples))
+    fallback = 0 if slo.hard or slo.variant else model.eligible
+    run_ns = model.at_rest_ns(asked or fallback, samples, step)
     request = Request(
         number=number,
         model=model.key,
         allowed=asked,
         asked=asked,
-        fallback=0 if slo.hard or slo.variant else model.eligible,
+        fallback=fallback,
         samples=samples,
         size_bytes=size_bytes,
         arrival_ns=arrival_ns,
         deadline_ns=deadline_ns,
         # the latest start, a fixed place: what takes long must start early, and what waits longer ages by itself
-        order_ns=arrival_ns + budget_ns * level // _DEFAULT_PRIORITY - min(runs_ns, default=0),
+        order_ns=arrival_ns + budget_ns * level // _DEFAULT_PRIORITY - run_ns,
         weight=_DEFAULT_PRIORITY / level,
         shape=shape,
         on_infeasible=_on_infeasible(slo, defaults, named_latency=named_latency),

@@ -1,6 +1,6 @@
 """The waiting requests of a model, kept in the two orders that matter.
 
-- A `DeadlineQueue` holds one floor class and one shape in the order in which they should run, for batches.
+- A `DeadlineQueue` holds one floor class and one shape in the order of latest starts, in which they should run.
 - A `DeadlineList` holds one floor class, size and step of length in the order of their deadlines, whatever their
   shapes, because these alone decide when a request becomes hopeless.
 

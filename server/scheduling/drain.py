@@ -2,7 +2,8 @@
 
 The test plays the backlog forward, most urgent first, on the fastest allowed variants, in the largest batches that the
 time left allows; beyond a bounded number of batches, and for the arrivals forecast, it reckons with a fluid. It is
-conservative, not complete: batches of several floor classes, which are allowed, are not tried.
+conservative, not complete: batches of several floor classes, which are allowed, are not tried. A batch is due when its
+first request is; where sizes or priorities differ, one behind it in the queue may be due earlier.
 """
 
 from __future__ import annotations
@@ -152,8 +153,7 @@ def lost(behind: Behind, free_ns: int, most: float) -> float:
 
 def load(model: ModelQueue, moment: Moment) -> float:
     """The share of all executor time that the arrivals of all models take at least, at the rates of late."""
-    executors = 1 + len(moment.others_free_ns)
-    return sum(each.utilisation(moment.now_ns, executors) for each in (model, *moment.others))
+    return model.utilisation(moment.now_ns, 1 + len(moment.others_free_ns)) + moment.others_load
 
 
 class _Play:

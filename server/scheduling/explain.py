@@ -19,7 +19,7 @@ from server.scheduling.forecast import ArrivalForecast
 from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
 from server.scheduling.policy import Choice, Moment, PassedOver, Policy
 from server.scheduling.slo import Request, Slo
-from server.scheduling.turns import rivals
+from server.scheduling.turns import load_of, rivals
 from variants.variant import State, Variant
 
 _ANY_SHAPE = ("explain",)
@@ -73,6 +73,7 @@ def explain(
 
 
 def _ask(model: ModelQueue, slo: Slo, defaults: Defaults, load: Load, policy: Policy) -> _Answer:
+    usual = _usual(model)
     try:
         request = make_request(
             model,
@@ -83,11 +84,10 @@ def _ask(model: ModelQueue, slo: Slo, defaults: Defaults, load: Load, policy: Po
             size_bytes=0,
             shape=_usual_shape(model),
             arrival_ns=load.now_ns,
+            length=0 if usual is None else model.latency.longest(usual.step),
         )
     except Infeasible as error:
         return _Answer(None, str(error), {}, {})
-    usual = _usual(model)
-    request.step = 0 if usual is None else usual.step
     refused = refusal(model, request, load) if policy.admits else None
     if refused is not None:
         return _Answer(None, str(refused), {}, {})
@@ -143,6 +143,7 @@ class _Rehearsal:
         self._others = load.others
         self._before = model.forecast, model.typical_budget_ns, model.served_ns
         self._patience = [(each, each.patience) for each in (model, *load.others)]
+        self._others_load = load_of(load.others, load.now_ns, len(load.free_ns))
         self._free_ns = sorted(max(free, load.now_ns) for free in load.free_ns)
         self._out: list[Request] = []
 
@@ -202,7 +203,8 @@ class _Rehearsal:
 
     def _decide(self) -> Choice | None:
         now_ns, *others_free_ns = self._free_ns
-        moment = Moment(now_ns, 0, others_free_ns, rivals(self.model, self._others), self._others)
+        competing = rivals(self.model, self._others)
+        moment = Moment(now_ns, 0, others_free_ns, competing, self._others, self._others_load)
         return self._policy.decide(self.model, moment).choice
 
     def _end_hopeless(self) -> None:

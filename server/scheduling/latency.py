@@ -87,8 +87,12 @@ class LatencyModel:
         step, longest = 0, self._shortest
         while longest < length and step < _MOST_STEPS:
             step += 1
-            longest = self._longest(step)
+            longest = self.longest(step)
         return step
+
+    def longest(self, step: int) -> int:
+        """The length that a step is predicted as; 0 where lengths never vary."""
+        return int(self._shortest * 2.0 ** (step / _LENGTH_STEPS))
 
     def profiled_ns(self, variant: int, samples: int, step: int = 0, busy: int = 0) -> int:
         """The latency measured at load, uncorrected."""
@@ -220,15 +224,12 @@ class LatencyModel:
         lengths = self._variants[variant].lengths
         if len(lengths) < 2:
             return self._profiles[variant].latency_ns(samples)
-        longest = self._longest(step)
+        longest = self.longest(step)
         right = min(max(bisect_left([length for length, _ in lengths], longest), 1), len(lengths) - 1)
         (short, below), (long, above) = lengths[right - 1], lengths[right]
         below_ns, above_ns = below.latency_ns(samples), above.latency_ns(samples)
         exponent = max(0.0, log(above_ns / below_ns) / log(long / short))
         return int(below_ns * max(1.0, longest / short) ** exponent)
-
-    def _longest(self, step: int) -> int:
-        return int(self._shortest * 2.0 ** (step / _LENGTH_STEPS))
 
 
 def _profile(variant: Variant) -> LatencyProfile:

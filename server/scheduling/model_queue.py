@@ -87,6 +87,7 @@ class ModelQueue:
         self._fitting: dict[tuple[int, int], tuple[int, ...]] = {}
         self._quickest: dict[tuple[int, int, int, int], int | None] = {}
         self._quickest_version = 0
+        self._at_rest: dict[tuple[int, int, int], int] = {}
         self.set_states({variant.name: variant.state for variant in self.variants})
 
     def set_states(self, states: dict[str, State]) -> None:
@@ -98,6 +99,7 @@ class ModelQueue:
         self._fastest.clear()
         self._fitting.clear()
         self._quickest.clear()
+        self._at_rest.clear()
         for floor_class in [*self.regular.classes.values(), *self.late.classes.values()]:
             for _, _, request in list(floor_class.entries):
                 self.remove(request)
@@ -184,6 +186,14 @@ class ModelQueue:
         quickest = self._quickest[key]
         return None if quickest is None else quickest * here.slowdown // UNIT
 
+    def at_rest_ns(self, allowed: int, samples: int, step: int = 0) -> int:
+        """The same on an idle host, which does not change with what is learnt; 0 where none can run so many samples."""
+        key = allowed, samples, step
+        if key not in self._at_rest:
+            times = (self.latency.idle_ns(v, samples, step) for v in self.fitting(allowed, samples))
+            self._at_rest[key] = min(times, default=0)
+        return self._at_rest[key]
+
     def fitting(self, allowed: int, samples: int) -> tuple[int, ...]:
         """The usable variants of a set that were measured at batches of at least this size, best first."""
         key = allowed & self.usable, samples
@@ -258,12 +268,31 @@ class ModelQueue:
     def most_urgent(self, now_ns: int) -> Request | None:
         """The waiting request with the least laxity among those that this executor can finish in time; or None.
 
-        Laxity is the time left beyond the fastest run; beside other classes, beyond the batch in which the request's
-        class drains, since whoever starts at the last moment runs alone, which a slow variant can least afford. On a
-        slower executor than the best, some may be out of reach.
+        Laxity is the time left beyond the fastest run. On a slower executor than the best, some may be out of reach.
         """
+        least = min(self._in_reach(now_ns), default=None)
+        return None if least is None else least[2]
+
+    def anchor(self, now_ns: int) -> Request | None:
+        """The request to form a batch around: the most urgent one, reckoned by batches where several classes wait.
+
+        Laxity is then the time left beyond the batch in which a class drains: whoever starts at the last moment runs
+        alone, which a class that only a slow variant serves can least afford.
+        """
+        if len(self.regular.classes) < 2:
+            return self.most_urgent(now_ns)
+        chunks = {key: self.chunk(*key, waiting) for key, waiting in self.regular.classes.items()}
         least: _Urgency | None = None
-        mixed = len(self.regular.classes) > 1
+        for instant_ns, number, request in self._in_reach(now_ns):
+            chunk = chunks[request.allowed, request.step]
+            alone_ns = request.deadline_ns - REPLY_RESERVE_NS - instant_ns
+            urgency = instant_ns - max(0, chunk.batch_ns - alone_ns if chunk else 0), number, request
+            if least is None or urgency < least:
+                least = urgency
+        return None if least is None else least[2]
+
+    def _in_reach(self, now_ns: int) -> Iterator[_Urgency]:
+        """Of each kind the request that becomes hopeless first among those that this executor can finish in time."""
         for (allowed, samples, step, _), urgency in self._urgencies().items():
             if urgency[0] < now_ns:
                 quickest_ns = self.quickest_ns(allowed, samples, step)
@@ -274,18 +303,7 @@ class ModelQueue:
                 if later is None:
                     continue
                 urgency = later.deadline_ns - needed_ns, later.number, later  # noqa: PLW2901 - the first in reach
-            if mixed:
-                urgency = self._as_batch(urgency)  # noqa: PLW2901
-            if least is None or urgency < least:
-                least = urgency
-        return None if least is None else least[2]
-
-    def _as_batch(self, urgency: _Urgency) -> _Urgency:
-        """The urgency of a request that is to run in a batch of its class."""
-        instant_ns, number, request = urgency
-        chunk = self.chunk(request.allowed, request.step, self.regular.classes[request.allowed, request.step])
-        alone_ns = request.deadline_ns - REPLY_RESERVE_NS - instant_ns
-        return instant_ns - max(0, chunk.batch_ns - alone_ns if chunk else 0), number, request
+            yield urgency
 
     def soonest_hopeless_ns(self) -> int | None:
         """The instant after which the first waiting request is hopeless unless it has started; None if none waits."""

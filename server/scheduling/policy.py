@@ -53,6 +53,7 @@ class Moment:
 
     `others_free_ns` holds, for every other working executor, the instant from now on at which it is expected to be
     free; `others` are all other models, `rivals` those with work waiting that have had no more executor time.
+    `others_load` is the share of all executor time that the arrivals of the others take.
     """
 
     now_ns: int
@@ -60,6 +61,7 @@ class Moment:
     others_free_ns: Sequence[int] = ()
     rivals: Sequence[ModelQueue] = ()
     others: Sequence[ModelQueue] = ()
+    others_load: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

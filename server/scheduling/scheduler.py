@@ -20,7 +20,7 @@ from server.scheduling.policies.fitdrain import FitDrain
 from server.scheduling.policy import Choice, Moment, Policy, Run
 from server.scheduling.pool import Pool
 from server.scheduling.slo import ModelKey, Outcome, Request
-from server.scheduling.turns import held_until_ns, in_turn, rivals
+from server.scheduling.turns import held_until_ns, in_turn, load_of, rivals
 from variants.variant import State
 
 __all__ = ["End", "Run", "Scheduler"]
@@ -159,7 +159,8 @@ class Scheduler:
             if not model.queues or self._holds_back(model, now_ns):
                 continue
             others = [other for other in self.models.values() if other is not model]
-            moment = Moment(now_ns, executor, others_free_ns, rivals(model, others), others)
+            busy = load_of(others, now_ns, len(others_free_ns) + 1)
+            moment = Moment(now_ns, executor, others_free_ns, rivals(model, others), others, busy)
             if now_ns >= self._late_again_ns and (aged := aged_late_batch(model, waiting, moment)):
                 self._late_again_ns = now_ns + LATE_PAUSE * aged[1].predicted_ns
                 return self._run(executor, *aged, here, now_ns)

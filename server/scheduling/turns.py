@@ -36,6 +36,11 @@ def rivals(model: ModelQueue, others: Sequence[ModelQueue]) -> list[ModelQueue]:
     return [other for other in others if other.queues and other.served_ns <= model.served_ns]
 
 
+def load_of(models: Iterable[ModelQueue], now_ns: int, executors: int) -> float:
+    """The share of all executor time that the arrivals of these models take."""
+    return sum(model.utilisation(now_ns, executors) for model in models)
+
+
 def held_until_ns(model: ModelQueue, now_ns: int) -> int | None:
     """Until when a batch may wait to grow: the configured delay, unless it is full or somebody has no time left."""
     if not model.max_queue_delay_ns:

@@ -3,8 +3,9 @@
 A published policy is here a `Rule`: it looks at the most urgent request and says on which variant, and in a batch of
 how many samples, that one runs now. `Baseline` asks it and forms the batch, so that all of them keep the same rules:
 
-- Requests go by order (the deadline, moved by the priority); a batch is of one shape, and nobody joins a variant that
-  they do not allow.
+- Requests go by order (the deadline moved by the priority, less the fastest run). Where all are alike that is the order
+  of deadlines that the papers have; else "the earliest deadline" is that of the first. A batch is of one shape, and
+  nobody joins a variant that they do not allow.
 - **Lazy drop**: a request that its variant could not finish in time even alone is given up, for it would block those
   behind it.
 - **Early drop** (Nexus, SOSP'19), where asked for: a request that could be saved only by a batch smaller than the one

@@ -2,7 +2,8 @@
 
 The theory, in the order of the code:
 
-1. **Anchor.** The request with the least laxity (time left beyond the batch its class drains in) must be in the batch.
+1. **Anchor.** The request with the least laxity (time left beyond its fastest possible run, or where several classes
+   wait beyond the batch its class drains in) must be in the batch.
 2. **Fit: size first.** The largest batch that fits the anchor's slack over its allowed variants. Choosing accuracy
    first buys the best variant for a few and forces the worst on the many.
 3. **Drain: then accuracy.** The most accurate variant for that batch such that everybody left behind, and the
@@ -51,7 +52,7 @@ class FitDrain:
 
     def decide(self, model: ModelQueue, moment: Moment) -> Decision:
         """The batch an idle executor should run now; none where nothing that waits could be in time on it."""
-        anchor = model.most_urgent(moment.now_ns)
+        anchor = model.anchor(moment.now_ns)
         return Decision() if anchor is None else Decision(_choose(model, anchor, moment))
 
 
@@ -228,7 +229,7 @@ def _most_goodput(model: ModelQueue, anchor: Request, now_ns: int, passed_over: 
                 if score > best_score:
                     best, best_score = candidate, score
                 if candidate.variant == fastest and candidate.samples == model.latency.max_batch_size(fastest):
-                    break  # giving up on more could not make the batch any larger, nor faster
+                    break  # giving up on more cannot make the batch any larger
         given_up += head.weight
     return best
 
