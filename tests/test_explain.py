@@ -10,7 +10,7 @@ import pytest
 from server.errors import NotFound
 from server.scheduling.admission import Defaults, Load, make_request
 from server.scheduling.explain import Explanation, explain
-from server.scheduling.model_queue import ModelQueue
+from server.scheduling.model_queue import REPLY_RESERVE_NS, ModelQueue
 from server.scheduling.policies.fitdrain import FitDrain
 from server.scheduling.slo import ModelKey, OnInfeasible, Slo
 from variants.variant import Interval, LatencyProfile, State, Variant
@@ -174,4 +174,7 @@ def test_where_long_inputs_wait_the_question_is_about_a_long_one() -> None:
             queue, Slo(), DEFAULTS, number=1, samples=1, size_bytes=0, shape=(length,), arrival_ns=NOW, length=length
         )
         queue.add(waiting)
-        assert ask(Slo(latency_ns=60 * MS), queue=queue).variant == answers
+        found = ask(Slo(latency_ns=60 * MS), queue=queue)
+        assert found.variant == answers
+        reference = next(standing for standing in found.standings if standing.variant == "fp32")
+        assert reference.latency_ns == queue.latency.predict_ns(0, 1, waiting.step) + REPLY_RESERVE_NS

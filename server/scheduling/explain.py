@@ -8,7 +8,7 @@ lower rates of arrival.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -50,6 +50,21 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True)
+class _Question:
+    """What is asked: a request for one sample, as long as most of those that wait, if any do."""
+
+    slo: Slo
+    budget_ns: int
+    usual: Request | None
+    now_ns: int
+
+    @property
+    def step(self) -> int:
+        """The step of its length."""
+        return 0 if self.usual is None else self.usual.step
+
+
+@dataclass(frozen=True, slots=True)
 class _Answer:
     """What became of the request, and the more accurate variants that were passed over for it."""
 
@@ -65,26 +80,27 @@ def explain(
 ) -> Explanation:
     """What would happen to a request for one sample that arrived now. Raises NotFound for an unknown pinned variant."""
     slo = with_floor(slo, defaults)
-    answer = _ask(model, slo, defaults, load, policy)
     budget_ns = slo.latency_ns if slo.latency_ns is not None else defaults.latency_ns
+    question = _Question(slo, budget_ns, _usual(model), load.now_ns)
+    answer = _ask(model, question, defaults, load, policy)
     places = {variant.name: place for place, variant in enumerate(model.variants)}
-    standings = [_standing(model, places.get(v.name), v, slo, budget_ns, answer, load) for v in variants]
+    standings = [_standing(model, places.get(v.name), v, question, answer) for v in variants]
     return Explanation(answer.variant, answer.reason, tuple(standings))
 
 
-def _ask(model: ModelQueue, slo: Slo, defaults: Defaults, load: Load, policy: Policy) -> _Answer:
-    usual = _usual(model)
+def _ask(model: ModelQueue, question: _Question, defaults: Defaults, load: Load, policy: Policy) -> _Answer:
+    usual = question.usual
     try:
         request = make_request(
             model,
-            slo,
+            question.slo,
             defaults,
             number=_NEWEST,
             samples=1,
             size_bytes=0,
-            shape=_usual_shape(model),
+            shape=_ANY_SHAPE if usual is None else usual.shape,  # as it may share a batch with the others
             arrival_ns=load.now_ns,
-            length=0 if usual is None else model.latency.longest(usual.step),
+            length=model.latency.longest(question.step),
         )
     except Infeasible as error:
         return _Answer(None, str(error), {}, {})
@@ -96,12 +112,6 @@ def _ask(model: ModelQueue, slo: Slo, defaults: Defaults, load: Load, policy: Po
         return _Answer(None if fastest is None else model.variants[fastest].name, "late", {}, {})
     with _rehearsal(model, request, load, policy) as rehearsal:
         return _rehearsed(rehearsal, request)
-
-
-def _usual_shape(model: ModelQueue) -> Hashable:
-    """The shape of most of what waits: the question is about a request like the others, which may share a batch."""
-    usual = _usual(model)
-    return _ANY_SHAPE if usual is None else usual.shape
 
 
 def _usual(model: ModelQueue) -> Request | None:
@@ -236,21 +246,21 @@ class _AsNow(ArrivalForecast):
         return float(self._share * mean + self._share**0.5 * margin)
 
 
-def _standing(  # noqa: PLR0917 - the facts of one sentence
-    model: ModelQueue, place: int | None, variant: Variant, slo: Slo, budget_ns: int, answer: _Answer, load: Load
-) -> Standing:
+def _standing(model: ModelQueue, place: int | None, variant: Variant, question: _Question, answer: _Answer) -> Standing:
     if place is None:
         return Standing(variant.name, allowed=False, why=f"{variant.state}: {variant.reason}", latency_ns=None)
-    latency_ns = model.latency.predict_ns(place, 1) + REPLY_RESERVE_NS
-    why_not = _excluded(model, variant, slo)
+    latency_ns = model.latency.predict_ns(place, 1, question.step) + REPLY_RESERVE_NS
+    why_not = _excluded(model, variant, question.slo)
     if variant.name == answer.variant:
         return Standing(variant.name, allowed=True, why="chosen", latency_ns=latency_ns)
     if why_not:
         return Standing(variant.name, allowed=False, why=why_not, latency_ns=latency_ns)
-    if latency_ns > budget_ns:
-        why = f"too slow: predicted {latency_ns / 1e6:.2f} ms, the budget is {budget_ns / 1e6:.2f} ms"
+    if latency_ns > question.budget_ns:
+        why = f"too slow: predicted {latency_ns / 1e6:.2f} ms, the budget is {question.budget_ns / 1e6:.2f} ms"
     elif place in answer.passed_over:
-        why = _counterfactual(answer.passed_over[place], answer.most_rate.get(place), model.forecast.rate(load.now_ns))
+        why = _counterfactual(
+            answer.passed_over[place], answer.most_rate.get(place), model.forecast.rate(question.now_ns)
+        )
     elif answer.variant is None:
         why = "in time on an idle server"
     elif answer.reason == "late":
