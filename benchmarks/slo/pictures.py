@@ -49,7 +49,7 @@ def _by_load(runs: Runs) -> _Picture:
         values = [100 * runs.mean(cell, policy, ATTAINMENT) for cell in there]
         axes.plot([cell.rho for cell in there], values, label=policy, **_style(policy))
     axes.set(xlabel="load ρ", ylabel="answered in time, %", title="gamma arrivals, CV² 8")
-    axes.legend(fontsize=7, loc="lower left")
+    _legend(figure, axes)
     yield "Attainment by load, gamma arrivals of CV² 8", "attainment-by-load", figure
 
 
@@ -73,7 +73,7 @@ def _accuracy(runs: Runs) -> _Picture:
             title=f"ρ {rho:g}, mean of all traces",
         )
     panels[0].set_ylabel("mean accuracy in time, %")
-    panels[0].legend(fontsize=7)
+    _legend(figure, panels[0])
     yield "Accuracy against misses (up and left is better)", "accuracy-against-misses", figure
 
 
@@ -93,7 +93,7 @@ def _timeline(runs: Runs) -> _Picture:
         axes.stackplot(edges, [*counts, missed], labels=[*names, "missed"], colors=[*colours, "#d62728"], step="post")
         axes.set(xlabel="time, s", title=policy)
     panels[0].set_ylabel("requests per s")
-    panels[0].legend(fontsize=7, loc="upper left")
+    _legend(figure, panels[0])
     yield f"Which variant answers while the rate jumps ({scenario.trace}, ρ {scenario.rho:g})", "timeline", figure
 
 
@@ -132,7 +132,7 @@ def _floors(runs: Runs) -> _Picture:
         axes.set_xticks(range(len(cells)), labels, fontsize=6, rotation=60)
         axes.set_title(title)
     panels[0].set_ylabel("answered in time, %")
-    panels[1].legend(fontsize=7, loc="lower right")
+    _legend(figure, panels[0])
     yield "Mixed accuracy floors", "mixed-floors", figure
 
 
@@ -146,6 +146,11 @@ def _figure(panels: int, height: float, *, share_y: bool = False) -> tuple[Any, 
     for each in axes:
         each.grid(alpha=0.3)
     return figure, axes
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Beside the panels, where it covers nothing."""
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right upper")
 
 
 def _save(figure: Any, path: Path) -> str:
