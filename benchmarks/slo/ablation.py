@@ -29,7 +29,7 @@ from server.simulation.simulation import Simulation, simulate
 from server.simulation.summary import summarise
 from server.trace import Arrival
 
-_TRACES = ("gamma 8", "superserve bursty", "diurnal", "square 2 s", "square 10 s")
+_TRACES = ("poisson", "gamma 8", "superserve bursty", "diurnal", "square 2 s", "square 10 s")
 _RHOS = (0.6, 0.8, 1.2)
 _STRICT = "strict"
 
