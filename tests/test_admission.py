@@ -178,6 +178,15 @@ def test_of_equal_deadlines_the_slower_run_is_ahead() -> None:
     assert degraded.order_ns == plain.order_ns
 
 
+def test_a_request_too_large_for_the_floor_it_asked_for_is_placed_by_what_can_run_it() -> None:
+    """Only the variant below its soft floor was measured at so many samples."""
+    variants = variant("fp32", 0.913, 6, 4, sizes=(1, 2)), variant("int8-static", 0.9, 4, 1.8)
+    model = ModelQueue(ModelKey("m", "1"), variants)
+    soft = Slo(latency_ns=100 * MS, min_accuracy=0.913, hard=False, on_infeasible=(OnInfeasible.DEGRADE,))
+    placed = [ask(model, Arrival(0, each, samples=8)).order_ns for each in (soft, replace(soft, min_accuracy=0.9))]
+    assert placed == [100 * MS - model.latency.idle_ns(1, 8)] * 2
+
+
 def test_an_slo_no_variant_meets_even_when_idle_is_infeasible() -> None:
     """The message names what it would take, on an idle server as on a busy one."""
     for load in (IDLE, BUSY):

@@ -62,7 +62,7 @@ def strict(scenario: Scenario, seed: int) -> Row:
 
 
 def _share(simulation: Simulation, counts: Callable[[Arrival], bool] = lambda _: True) -> float:
-    """The share in time of the arrivals that count."""
+    """The share in time of the arrivals that count; 1 where none does."""
     pairs = zip(simulation.trace, simulation.ended, strict=True)
     ends = [end is not None and end.in_time for arrival, end in pairs if counts(arrival)]
     return sum(ends) / len(ends) if ends else 1.0

@@ -88,7 +88,7 @@ def make_request(  # noqa: PLR0913 - these are the facts of a request, named at 
     budget_ns = max(deadline_ns - arrival_ns, 0)
     step = model.latency.step(length)
     fallback = 0 if slo.hard or slo.variant else model.eligible
-    run_ns = model.at_rest_ns(asked or fallback, samples, step)
+    run_ns = model.at_rest_ns(asked, samples, step) or model.at_rest_ns(fallback, samples, step)
     request = Request(
         number=number,
         model=model.key,
@@ -126,11 +126,13 @@ def with_floor(slo: Slo, defaults: Defaults) -> Slo:
 def _floor_class(model: ModelQueue, slo: Slo) -> int:
     if slo.variant is None:
         floor = slo.min_accuracy, slo.max_accuracy_drop
-        if floor not in model.floors:
+        found = model.floors.get(floor)
+        if found is None:
             if len(model.floors) >= _MOST_FLOORS:  # clients choose the numbers
                 model.floors.clear()
-            model.floors[floor] = sum(1 << i for i in bits(model.eligible) if meets_floor(model.variants[i], slo))
-        return model.floors[floor]
+            found = sum(1 << i for i in bits(model.eligible) if meets_floor(model.variants[i], slo))
+            model.floors[floor] = found
+        return found
     for place, variant in enumerate(model.variants):
         if variant.name == slo.variant:
             if model.states[variant.name] is State.DISABLED:

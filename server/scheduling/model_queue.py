@@ -187,19 +187,24 @@ class ModelQueue:
         return None if quickest is None else quickest * here.slowdown // UNIT
 
     def at_rest_ns(self, allowed: int, samples: int, step: int = 0) -> int:
-        """The same on an idle host, which does not change with what is learnt; 0 where none can run so many samples."""
-        key = allowed, samples, step
-        if key not in self._at_rest:
-            times = (self.latency.idle_ns(v, samples, step) for v in self.fitting(allowed, samples))
-            self._at_rest[key] = min(times, default=0)
-        return self._at_rest[key]
+        """The same on an idle host, which does not change with what is learnt; 0 where none can run so many samples.
+
+        As `fitting`, it may be asked while `set_states` forgets what was found before.
+        """
+        key = allowed & self.usable, samples, step
+        found = self._at_rest.get(key)
+        if found is None:
+            times = (self.latency.idle_ns(v, samples, step) for v in self.fitting(key[0], samples))
+            found = self._at_rest[key] = min(times, default=0)
+        return found
 
     def fitting(self, allowed: int, samples: int) -> tuple[int, ...]:
         """The usable variants of a set that were measured at batches of at least this size, best first."""
         key = allowed & self.usable, samples
-        if key not in self._fitting:
-            self._fitting[key] = tuple(v for v in bits(key[0]) if samples <= self.latency.max_batch_size(v))
-        return self._fitting[key]
+        found = self._fitting.get(key)
+        if found is None:
+            found = self._fitting[key] = tuple(v for v in bits(key[0]) if samples <= self.latency.max_batch_size(v))
+        return found
 
     def throughput_batch(self, variant: int) -> int:
         """The batch to reckon with when a backlog drains: what fits half of the typical budget (Nexus, SOSP'19)."""

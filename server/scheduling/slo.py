@@ -68,8 +68,8 @@ class Request:
     Sets of variants are bit sets over the model's ranking (bit 0 is the most accurate). A request's floor class is
     `allowed`, fixed before it is queued; only a soft floor that asked for `degrade` has a wider `fallback`.
     `number` is the arrival order and breaks every tie. `order_ns` is the place in the queue: the deadline, moved by
-    the priority, less the fastest run at rest of the class that was asked for. `payload` belongs to the caller and is
-    never looked at.
+    the priority, less the fastest run at rest of the class that was asked for or, where that cannot run it, of its
+    fallback. `payload` belongs to the caller and is never looked at.
     """
 
     number: int
